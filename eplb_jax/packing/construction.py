@@ -1,0 +1,155 @@
+"""From an order to a packing.
+
+A construction takes the weights of the items, heaviest first, and the order in which to place
+them, candidates as trailing lanes. It returns the items of every pack and the load of every
+pack. All of them fill each pack with exactly n / m items.
+"""
+
+from typing import NamedTuple, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int32, Num
+
+from eplb_jax.packing.lanes import (
+    first_equal,
+    fixed_point,
+    index_bits,
+    rows,
+    sort_lanes,
+    take_rows,
+)
+
+
+class Constructed(NamedTuple):
+    """Packings: the items of every pack, and its load in a unit of the construction's own."""
+
+    contents: Int32[Array, "m c *K"]
+    loads: Num[Array, "m *K"]
+
+
+@runtime_checkable
+class Construction(Protocol):
+    """What a strategy asks of a construction."""
+
+    def __call__(
+        self, weight: Float[Array, " n"], order: Int32[Array, "n *K"], num_packs: int
+    ) -> Constructed:
+        """Place the items of every lane in its order."""
+        ...
+
+
+class _Greedy(NamedTuple):
+    """Carry of `greedy`."""
+
+    loads: Float[Array, "m *K"]
+    items: Int32[Array, "m *K"]
+    pack_index: Int32[Array, "n *K"]
+
+
+def greedy(weight: Float[Array, " n"], order: Int32[Array, "n *K"], num_packs: int) -> Constructed:
+    """Every item in turn to the lightest pack with room, the lowest index among equals.
+
+    Adds float32 loads in the order of the items, as DeepSeek's EPLB does, so that LPT order
+    gives its packing bit for bit. n dependent steps of O(m).
+
+    References:
+        DeepSeek-AI, EPLB (github.com/deepseek-ai/EPLB), `balanced_packing`.
+    """
+    n, *lanes = order.shape
+    placed = take_rows(weight, order)
+
+    def place(i: Array | int, carry: _Greedy) -> _Greedy:
+        room = jnp.where(carry.items < n // num_packs, carry.loads, jnp.inf)
+        pack = first_equal(room, jnp.min(room, axis=0))
+        chosen = rows(num_packs, room) == pack
+        return _Greedy(
+            jnp.where(chosen, carry.loads + placed[i], carry.loads),
+            carry.items + chosen.astype(jnp.int32),
+            carry.pack_index.at[i].set(pack),
+        )
+
+    start = _Greedy(
+        jnp.zeros((num_packs, *lanes), jnp.float32),
+        jnp.zeros((num_packs, *lanes), jnp.int32),
+        jnp.zeros((n, *lanes), jnp.int32),
+    )
+    end = lax.fori_loop(0, n, place, start)
+    return Constructed(_contents(end.pack_index, order, num_packs), end.loads)
+
+
+class _QuantisedGreedy(NamedTuple):
+    """Carry of `quantised_greedy`. From high to low bits a state is: full, load, pack, items."""
+
+    state: Int32[Array, "m *K"]
+    pack_index: Int32[Array, "n *K"]
+
+
+def quantised_greedy(
+    weight: Float[Array, " n"], order: Int32[Array, "n *K"], num_packs: int
+) -> Constructed:
+    """`greedy` on loads rounded to fixed point: for many candidates at once.
+
+    A pack's load, index and number of items share one int32, so that a step is one minimum and
+    one select: about 8 times faster than `greedy` on 7,424 lanes. A load has 30 - log2(m) -
+    log2(c) bits, which moves the result by parts in 10^5 of a load.
+    """
+    n, *lanes = order.shape
+    capacity = n // num_packs
+    item_bits, pack_bits = index_bits(capacity + 1), index_bits(num_packs)
+    low = item_bits + pack_bits
+    full = 1 << 30
+    step = take_rows((fixed_point(weight, capacity, 30 - low) << low) + 1, order)
+
+    def place(i: Array | int, carry: _QuantisedGreedy) -> _QuantisedGreedy:
+        lightest = jnp.min(carry.state, axis=0)
+        after = lightest + step[i]
+        after = jnp.where((after & ((1 << item_bits) - 1)) == capacity, after | full, after)
+        pack = (lightest >> item_bits) & ((1 << pack_bits) - 1)
+        return _QuantisedGreedy(
+            jnp.where(carry.state == lightest, after, carry.state),
+            carry.pack_index.at[i].set(pack),
+        )
+
+    empty = jnp.zeros((num_packs, *lanes), jnp.int32)
+    start = _QuantisedGreedy(
+        empty + (rows(num_packs, empty) << item_bits), jnp.zeros((n, *lanes), jnp.int32)
+    )
+    end = lax.fori_loop(0, n, place, start)
+    loads = (end.state & (full - 1)) >> low
+    return Constructed(_contents(end.pack_index, order, num_packs), loads)
+
+
+def _contents(
+    pack_index: Int32[Array, "n *K"], order: Int32[Array, "n *K"], num_packs: int
+) -> Int32[Array, "m c *K"]:
+    """The items of every pack, heaviest first, from the pack of every place in the order."""
+    n, *lanes = order.shape
+    bits = index_bits(n)
+    by_pack = sort_lanes((pack_index << bits) | order) & ((1 << bits) - 1)
+    return by_pack.reshape(num_packs, n // num_packs, *lanes)
+
+
+def chunked_greedy(
+    weight: Float[Array, " n"], order: Int32[Array, "n *K"], num_packs: int
+) -> Constructed:
+    """Chunks of m items: the first of a chunk to the lightest pack, the last to the heaviest.
+
+    n / m dependent steps of one sort of the packs, on loads in fixed point. Weak where items
+    are few and skewed: a pack cannot wait for the chunk after a heavy item.
+    """
+    n, *lanes = order.shape
+    pack_bits, item_bits = index_bits(num_packs), index_bits(n)
+    integer = fixed_point(weight, n // num_packs, 31 - pack_bits)
+    chunks = order.reshape(-1, num_packs, *lanes)
+
+    def place(state: Int32[Array, "m *K"], added: Int32[Array, "m *K"]) -> tuple[Array, Array]:
+        state = sort_lanes(state)
+        return state + added, state & ((1 << pack_bits) - 1)
+
+    empty = jnp.zeros((num_packs, *lanes), jnp.int32)
+    added = take_rows(integer << pack_bits, chunks)
+    state, packs = lax.scan(place, empty + rows(num_packs, empty), added)
+    by_pack = jax.vmap(sort_lanes)((packs << item_bits) | chunks) & ((1 << item_bits) - 1)
+    return Constructed(jnp.swapaxes(by_pack, 0, 1), state >> pack_bits)

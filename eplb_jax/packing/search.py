@@ -1,0 +1,207 @@
+"""The search engine: candidates, keep the best, refine them, choose one.
+
+`search` works on one layer whose items go by rank, heaviest first; `packs` lifts it over
+layers. What is drawn at random is shared by all layers (see `orders`).
+"""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int32, Key, Num
+
+from eplb_jax.packing.lanes import (
+    LOAD_BITS,
+    MAX_ITEMS,
+    falling_order,
+    fixed_point,
+    inverse,
+    loads_of,
+    take_rows,
+)
+from eplb_jax.packing.objective import best
+from eplb_jax.packing.strategy import Strategy, resolve
+from eplb_jax.types import Packing
+from eplb_jax.validation import (
+    LoadLike,
+    as_count,
+    as_key,
+    as_load,
+    check_divides,
+    fixed_if_none,
+    normalised,
+    sanitised,
+)
+
+BLOCK = 1 << 16
+"""Items times candidates of a layer that are constructed at once: bounds the memory."""
+
+
+def balanced_packing(
+    weight: LoadLike,
+    num_packs: int,
+    *,
+    strategy: str | Strategy = "auto",
+    key: Key[Array, ""] | None = None,
+) -> Packing:
+    """Pack n weighted items of every layer into packs of n / num_packs items, loads even.
+
+    Deterministic: the same weights, strategy and key give the same packing, bit for bit. A
+    layer's packing does not depend on the other layers. Inside `jax.jit`, NaN and negative
+    weights count as zero and infinite ones as the largest float32. n == num_packs gives the
+    identity.
+
+    Args:
+        weight: [L, n] weights in any unit; anything `jnp.asarray` takes. n is at most 32768.
+        num_packs: How many packs; divides n.
+        strategy: A name from `eplb_jax.STRATEGIES` or a `Strategy`.
+        key: Where the strategy draws at random. None: a fixed key.
+
+    Returns:
+        The pack of every item, and its place there, each int32 [L, n].
+
+    Raises:
+        TypeError: An argument is of the wrong kind.
+        ValueError: num_packs does not divide n, the strategy is not known, `weight` is not
+            [L, n], or a weight is NaN, infinite or negative.
+
+    Example:
+        >>> packing = balanced_packing([[8, 1, 6, 3, 5, 4]], 3)
+        >>> packing.pack_index.tolist(), packing.rank_in_pack.tolist()
+        ([[0, 0, 1, 1, 2, 2]], [[0, 1, 0, 1, 0, 1]])
+
+    References:
+        DeepSeek-AI, EPLB (github.com/deepseek-ai/EPLB): the function of this name.
+    """
+    load = as_load(weight, "weight", ("layer", "item"))
+    num_packs = as_count("num_packs", num_packs)
+    check_size(load.shape[1], num_packs)
+    return _balanced_packing(load, as_key(key), num_packs=num_packs, strategy=resolve(strategy))
+
+
+def check_size(num_items: int, num_packs: int) -> None:
+    """Raise ValueError unless so many items can be packed."""
+    if num_items > MAX_ITEMS:
+        raise ValueError(f"{num_items} items are too many to pack; nearest: {MAX_ITEMS}")
+    check_divides("num_packs", num_packs, "number of items", num_items)
+
+
+@partial(jax.jit, static_argnames=("num_packs", "strategy"))
+def _balanced_packing(
+    weight: Float[Array, "L n"], key: Key[Array, ""] | None, *, num_packs: int, strategy: Strategy
+) -> Packing:
+    contents = packs(sanitised(weight), num_packs, strategy, fixed_if_none(key))
+    capacity = contents.shape[2]
+    slot = jax.vmap(inverse)(contents.reshape(weight.shape))
+    return Packing(slot // capacity, slot % capacity)
+
+
+def packs(
+    weight: Float[Array, "L n"], num_packs: int, strategy: Strategy, key: Key[Array, ""]
+) -> Int32[Array, "L m c"]:
+    """The items of every pack of every layer."""
+    num_layers, n = weight.shape
+    if n == num_packs:
+        identity = jnp.arange(n, dtype=jnp.int32)[:, None]
+        return jnp.broadcast_to(identity, (num_layers, n, 1))
+    draw_key, refine_key = jax.random.split(key)
+    drawn = _draw(strategy, draw_key, n)
+
+    def layer(weight: Float[Array, " n"]) -> Int32[Array, "m c"]:
+        order = jnp.argsort(-weight, stable=True).astype(jnp.int32)
+        if num_packs == 1:
+            return order[None]
+        return take_rows(order, search(weight[order], num_packs, strategy, drawn, refine_key))
+
+    return jax.vmap(layer)(normalised(weight))
+
+
+class _Drawn(NamedTuple):
+    """The candidates: orders that are the same for all layers, and factors of the sort keys."""
+
+    fixed: Int32[Array, "n K1"]
+    noisy: Float[Array, "n K2"]
+
+
+def _draw(strategy: Strategy, key: Key[Array, ""], num_items: int) -> _Drawn:
+    keys = jax.random.split(key, len(strategy.orders))
+    drawn = [order.draw(k, num_items) for order, k in zip(strategy.orders, keys, strict=True)]
+    fixed = [x for x in drawn if x.dtype == jnp.int32]
+    noisy = [x for x in drawn if x.dtype == jnp.float32]
+    return _Drawn(
+        jnp.concatenate([jnp.zeros((num_items, 0), jnp.int32), *fixed], axis=1),
+        jnp.concatenate([jnp.zeros((num_items, 0), jnp.float32), *noisy], axis=1),
+    )
+
+
+def search(
+    weight: Float[Array, " n"],
+    num_packs: int,
+    strategy: Strategy,
+    drawn: _Drawn,
+    key: Key[Array, ""],
+) -> Int32[Array, "m c"]:
+    """The packing that the strategy finds for one layer, whose weights fall."""
+    if strategy.keep < strategy.num_candidates:
+        kept = best(_scores(weight, num_packs, strategy, drawn), strategy.keep)
+        orders = _select(weight, drawn, kept)
+    else:
+        orders = _orders(weight, drawn)
+    contents = strategy.construction(weight, orders, num_packs).contents
+    if strategy.refinement is not None:
+        contents = strategy.refinement(contents, weight, key)
+    if strategy.keep == 1:
+        return contents[..., 0]
+    units = fixed_point(weight, contents.shape[1], LOAD_BITS)
+    return contents[..., best(strategy.objective(loads_of(units, contents)), 1)[0]]
+
+
+def _orders(weight: Float[Array, " n"], drawn: _Drawn) -> Int32[Array, "n K"]:
+    """The orders of all candidates, the fixed ones first."""
+    if drawn.noisy.shape[1] == 0:
+        return drawn.fixed
+    return jnp.concatenate([drawn.fixed, falling_order(drawn.noisy * weight[:, None])], axis=1)
+
+
+def _select(
+    weight: Float[Array, " n"], drawn: _Drawn, candidates: Int32[Array, " k"]
+) -> Int32[Array, "n k"]:
+    """The orders of some candidates: made again, so that those of all need not be stored."""
+    fixed, noisy = drawn
+    num_fixed = fixed.shape[1]
+    if noisy.shape[1] == 0:
+        return fixed[:, candidates]
+    keys = noisy[:, jnp.maximum(candidates - num_fixed, 0)] * weight[:, None]
+    if num_fixed == 0:
+        return falling_order(keys)
+    from_fixed = fixed[:, jnp.minimum(candidates, num_fixed - 1)]
+    return jnp.where(candidates < num_fixed, from_fixed, falling_order(keys))
+
+
+def _scores(
+    weight: Float[Array, " n"], num_packs: int, strategy: Strategy, drawn: _Drawn
+) -> tuple[Num[Array, " K"], ...]:
+    """The objective of every candidate before refinement, block by block."""
+
+    def score(drawn: _Drawn) -> tuple[Num[Array, " k"], ...]:
+        constructed = strategy.construction(weight, _orders(weight, drawn), num_packs)
+        return strategy.objective(constructed.loads)
+
+    fixed, noisy = drawn
+    n, count = noisy.shape
+    block = max(1 << (BLOCK // n).bit_length() >> 1, 8)
+    whole = count - count % block if count > block else 0
+    rest = score(_Drawn(fixed, noisy[:, whole:])) if whole < count or fixed.shape[1] else None
+    if whole == 0 and rest is not None:
+        return rest
+    blocks = jnp.moveaxis(noisy[:, :whole].reshape(n, -1, block), 1, 0)
+    scores = lax.map(lambda block: score(_Drawn(fixed[:, :0], block)), blocks)
+    scores = jax.tree.map(jnp.ravel, scores)
+    if rest is None:
+        return scores
+    # In the order of the candidates: the fixed ones, the whole blocks, what remained.
+    k = fixed.shape[1]
+    join = lambda x, y: jnp.concatenate([x[:k], y, x[k:]])  # noqa: E731
+    return jax.tree.map(join, rest, scores)

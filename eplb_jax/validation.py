@@ -1,0 +1,137 @@
+"""Checks of what callers hand in. Every error says what was got and the nearest valid value."""
+
+import operator
+from collections.abc import Sequence
+from typing import SupportsIndex
+
+import jax
+import jax.core
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float, Key
+from numpy.typing import ArrayLike
+
+LoadLike = ArrayLike | Array
+"""What public functions take as loads: anything `jnp.asarray` takes, nested lists too."""
+
+
+def as_load(
+    value: LoadLike, name: str, axes: Sequence[str] = ("layer", "expert")
+) -> Float[Array, "L E"] | Float[np.ndarray, "L E"]:
+    """A float32 array [L, E] of loads, checked as far as it is known.
+
+    64-bit counts become float32 before JAX, which would wrap them, sees them. Values are checked
+    where the array is concrete; inside a trace `sanitised` gives them a defined meaning.
+
+    Raises:
+        TypeError: It holds no real numbers.
+        ValueError: It has another number of axes or no items, or a load is NaN, infinite or
+            negative.
+    """
+    array = value if isinstance(value, jax.Array) else _to_numpy(value, name)
+    if not any(jnp.issubdtype(array.dtype, kind) for kind in (np.floating, np.integer, np.bool_)):
+        raise TypeError(f"{name} must hold real numbers, got dtype {array.dtype}")
+    if array.ndim != 2 or array.shape[1] == 0:
+        wanted = ", ".join(f"{axis}s" for axis in axes)
+        raise ValueError(f"{name} must have the shape [{wanted}], got {array.shape}")
+    with np.errstate(over="ignore"):
+        load = array.astype(np.float32)
+    if not isinstance(load, jax.core.Tracer) and not jax.device_get(_is_valid(load)):
+        bad = np.asarray(jax.device_get(load))
+        row, column = np.argwhere(~(np.isfinite(bad) & (bad >= 0)))[0]
+        raise ValueError(
+            f"{name} at {axes[0]} {row}, {axes[1]} {column} is {bad[row, column]}; "
+            "loads must be finite and not negative"
+        )
+    return load
+
+
+def _to_numpy(value: LoadLike, name: str) -> np.ndarray:
+    try:
+        return np.asarray(value)
+    except ValueError as error:
+        raise ValueError(f"{name} is not a rectangular array: {error}") from error
+
+
+def _is_valid(load: Array | np.ndarray) -> Array | np.bool_:
+    if isinstance(load, np.ndarray):
+        return np.all(np.isfinite(load) & (load >= 0))
+    return _all_valid(load)
+
+
+@jax.jit
+def _all_valid(load: Array) -> Array:
+    return jnp.all(jnp.isfinite(load) & (load >= 0))
+
+
+def sanitised(load: Float[Array, "L E"]) -> Float[Array, "L E"]:
+    """Loads with a defined meaning whatever they hold, scaled so that no sum overflows.
+
+    Inside `jax.jit`, where values cannot be checked, NaN and negative loads count as zero and
+    infinite ones as the largest float32.
+    """
+    finite = jnp.nan_to_num(jnp.maximum(load, 0), posinf=float(np.finfo(np.float32).max))
+    return normalised(jnp.abs(finite))
+
+
+def normalised(load: Float[Array, "L E"]) -> Float[Array, "L E"]:
+    """Every layer divided by a power of two, which is exact: its largest load lies in [1, 2)."""
+    largest = jnp.max(load, axis=-1, keepdims=True, initial=0)
+    exponent = lax.bitcast_convert_type(largest, jnp.int32) & 0x7F800000
+    power = lax.bitcast_convert_type(exponent, jnp.float32)
+    return load / jnp.where(power > 0, power, 1)
+
+
+def as_count(name: str, value: SupportsIndex) -> int:
+    """A whole number of at least 1."""
+    try:
+        count = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be a whole number, got {value!r}") from None
+    if count < 1:
+        raise ValueError(f"{name}={count} is less than 1; nearest: 1")
+    return count
+
+
+def check_divides(name: str, value: int, total_name: str, total: int) -> None:
+    """`value` must divide `total`; the error names the nearest numbers that do."""
+    if total % value:
+        below = next(d for d in range(min(value, total), 0, -1) if total % d == 0)
+        above = next((d for d in range(value, total + 1) if total % d == 0), None)
+        raise ValueError(
+            f"{name}={value} does not divide {total_name}={total}; nearest: {_either(below, above)}"
+        )
+
+
+def check_multiple(name: str, value: int, unit_name: str, unit: int, least: int = 1) -> None:
+    """`value` must be a multiple of `unit` and at least `least`."""
+    floor = -(-least // unit) * unit
+    if value < least:
+        raise ValueError(f"{name}={value} is less than {least}; nearest: {floor}")
+    if value % unit:
+        below = value // unit * unit
+        raise ValueError(
+            f"{name}={value} is not a multiple of {unit_name}={unit}; "
+            f"nearest: {_either(below if below >= floor else None, below + unit)}"
+        )
+
+
+def _either(below: int | None, above: int | None) -> str:
+    return ", ".join(str(x) for x in (below, above) if x is not None)
+
+
+def as_key(key: Key[Array, ""] | None) -> Key[Array, ""] | None:
+    """A typed random key, or None as it is."""
+    if key is None:
+        return None
+    if not isinstance(key, jax.Array):
+        raise TypeError(f"key must be a JAX random key, got {key!r}; make one: jax.random.key(0)")
+    if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        return key
+    return jax.random.wrap_key_data(key)
+
+
+def fixed_if_none(key: Key[Array, ""] | None) -> Key[Array, ""]:
+    """The key given, or the fixed one. Called inside `jit`, where making a key costs nothing."""
+    return jax.random.key(0) if key is None else key
