@@ -1,0 +1,18 @@
+"""Expert-parallelism load balancing in pure JAX.
+
+`rebalance_experts` plans where the replicas of every expert of a mixture-of-experts model lie;
+`balanced_packing` and `replicate_experts` are its two halves, `metrics.balance` measures a
+plan, and `loads` reads measured loads. The axes are named in `eplb_jax.types`.
+"""
+
+from eplb_jax import loads as loads
+from eplb_jax import metrics as metrics
+from eplb_jax.packing.search import balanced_packing as balanced_packing
+from eplb_jax.packing.strategy import STRATEGIES as STRATEGIES
+from eplb_jax.packing.strategy import Strategy as Strategy
+from eplb_jax.placement import check_placement as check_placement
+from eplb_jax.rebalance import rebalance_experts as rebalance_experts
+from eplb_jax.replication import replicate_experts as replicate_experts
+from eplb_jax.types import Packing as Packing
+from eplb_jax.types import Placement as Placement
+from eplb_jax.types import Replication as Replication

@@ -1,0 +1,47 @@
+"""The maps of a plan, their inverses, and whether they fit together."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int32
+
+from eplb_jax.types import Placement
+
+
+def place(phy2log: Int32[Array, "L R"], rank: Int32[Array, "L R"], num_experts: int) -> Placement:
+    """The plan whose slots hold these replicas; `rank` numbers the replicas of each expert."""
+    num_slots = phy2log.shape[1]
+    most = num_slots - num_experts + 1
+    slot = jnp.arange(num_slots, dtype=jnp.int32)
+
+    def maps(expert: Int32[Array, " R"], rank: Int32[Array, " R"]) -> tuple[Array, Array]:
+        empty = jnp.full((num_experts, most), -1, jnp.int32)
+        count = jnp.zeros(num_experts, jnp.int32).at[expert].add(1)
+        return empty.at[expert, rank].set(slot), count
+
+    return Placement(phy2log, *jax.vmap(maps)(phy2log, rank))
+
+
+def check_placement(placement: Placement) -> None:
+    """Raise ValueError unless every expert has a slot and the three maps say the same."""
+    phy2log, log2phy, logcnt = (np.asarray(x) for x in placement)
+    num_layers, num_slots = phy2log.shape
+    num_experts = logcnt.shape[1]
+    for layer in range(num_layers):
+        experts = phy2log[layer]
+        if not np.all((experts >= 0) & (experts < num_experts)):
+            raise ValueError(
+                f"phy2log of layer {layer} names an expert outside 0..{num_experts - 1}"
+            )
+        count = np.bincount(experts, minlength=num_experts)
+        if not np.array_equal(count, logcnt[layer]):
+            raise ValueError(f"logcnt of layer {layer} does not count the replicas in phy2log")
+        if not np.all(count):
+            raise ValueError(f"layer {layer} has no slot for expert {int(np.argmin(count))}")
+        listed = log2phy[layer]
+        if not np.array_equal(listed >= 0, np.arange(listed.shape[1]) < count[:, None]):
+            raise ValueError(f"log2phy of layer {layer} lists another number of slots than logcnt")
+        expert, column = np.nonzero(listed >= 0)
+        slots = listed[expert, column]
+        if np.unique(slots).size != num_slots or not np.array_equal(experts[slots], expert):
+            raise ValueError(f"log2phy of layer {layer} is not the inverse of phy2log")

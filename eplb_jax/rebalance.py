@@ -1,0 +1,199 @@
+"""The whole plan: groups to nodes, replicas within nodes, replicas to GPUs."""
+
+from functools import partial
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int32, Key
+
+from eplb_jax.packing.distinct import separate
+from eplb_jax.packing.search import check_size, packs
+from eplb_jax.packing.strategy import Strategy, resolve
+from eplb_jax.placement import place
+from eplb_jax.replication import replicate
+from eplb_jax.types import Placement
+from eplb_jax.validation import (
+    LoadLike,
+    as_count,
+    as_key,
+    as_load,
+    check_divides,
+    check_multiple,
+    fixed_if_none,
+    sanitised,
+)
+
+Policy = Literal["auto", "global", "hierarchical"]
+POLICIES: tuple[Policy, ...] = ("auto", "global", "hierarchical")
+
+
+def rebalance_experts(
+    weight: LoadLike,
+    num_replicas: int,
+    num_groups: int,
+    num_nodes: int,
+    num_gpus: int,
+    *,
+    policy: Policy = "auto",
+    strategy: str | Strategy = "auto",
+    key: Key[Array, ""] | None = None,
+) -> Placement:
+    """Plan where the replicas of every expert lie, from a measured load.
+
+    The hierarchical policy keeps every group of experts on one node, as group-limited routing
+    wants it: it packs groups to nodes, gives every node the same number of spares, and packs
+    replicas to the GPUs of their node. The global policy knows neither groups nor nodes.
+
+    No GPU holds an expert twice where exchanges can avoid it, and a layer without load has its
+    spares spread over distinct experts and evenly over GPUs. ``strategy="greedy"`` promises
+    neither: its plan is DeepSeek's, slot for slot, ties going to the lowest index.
+    Deterministic: the same input gives the same plan, bit for bit. Inside `jax.jit`, NaN and
+    negative loads count as zero and infinite ones as the largest float32.
+
+    Args:
+        weight: [L, E] loads in any unit (tokens); anything `jnp.asarray` takes.
+        num_replicas: R, physical slots of a layer; a multiple of num_gpus, at least E.
+        num_groups: Groups of consecutive experts; divides E.
+        num_nodes: N; divides num_gpus and, for the hierarchical policy, num_groups.
+        num_gpus: G, over all nodes.
+        policy: "global", "hierarchical", or "auto": hierarchical exactly when num_nodes
+            divides num_groups.
+        strategy: A name from `eplb_jax.STRATEGIES` or a `Strategy`.
+        key: Where the strategy draws at random. None: a fixed key.
+
+    Returns:
+        The plan: the expert in every slot, int32 [L, R]; the slots of every expert, int32
+        [L, E, R - E + 1] padded with -1; the replicas of every expert, int32 [L, E].
+
+    Raises:
+        TypeError: An argument is of the wrong kind.
+        ValueError: Numbers do not divide as they must, the policy or strategy is not known,
+            `weight` is not [L, E], or a load is NaN, infinite or negative.
+
+    Example:
+        >>> plan = rebalance_experts([[90, 30, 20, 10]], 6, 1, 1, 3)
+        >>> plan.phy2log.tolist(), plan.logcnt.tolist()
+        ([[0, 1, 0, 2, 0, 3]], [[3, 1, 1, 1]])
+
+    References:
+        DeepSeek-AI, EPLB (github.com/deepseek-ai/EPLB): the function of this name.
+    """
+    load = as_load(weight, "weight")
+    topology = _topology(load.shape[1], num_replicas, num_groups, num_nodes, num_gpus, policy)
+    return _rebalance(load, as_key(key), topology=topology, strategy=resolve(strategy))
+
+
+class _Topology(NamedTuple):
+    """Checked counts; one group and one node under the global policy."""
+
+    num_replicas: int
+    num_groups: int
+    num_nodes: int
+    num_gpus: int
+
+
+def _topology(
+    num_experts: int, num_replicas: int, num_groups: int, num_nodes: int, num_gpus: int, policy: str
+) -> _Topology:
+    num_replicas = as_count("num_replicas", num_replicas)
+    num_groups = as_count("num_groups", num_groups)
+    num_nodes = as_count("num_nodes", num_nodes)
+    num_gpus = as_count("num_gpus", num_gpus)
+    if policy not in POLICIES:
+        raise ValueError(f"policy={policy!r} is not known; choose one of: {', '.join(POLICIES)}")
+    check_multiple("num_replicas", num_replicas, "num_gpus", num_gpus, least=num_experts)
+    if policy == "global" or (policy == "auto" and num_groups % num_nodes):
+        num_groups = num_nodes = 1
+    check_divides("num_groups", num_groups, "number of experts", num_experts)
+    check_divides("num_nodes", num_nodes, "num_groups", num_groups)
+    check_divides("num_nodes", num_nodes, "num_gpus", num_gpus)
+    check_size(num_replicas // num_nodes, num_gpus // num_nodes)
+    return _Topology(num_replicas, num_groups, num_nodes, num_gpus)
+
+
+@partial(jax.jit, static_argnames=("topology", "strategy"))
+def _rebalance(
+    weight: Float[Array, "L E"],
+    key: Key[Array, ""] | None,
+    *,
+    topology: _Topology,
+    strategy: Strategy,
+) -> Placement:
+    num_replicas, num_groups, num_nodes, num_gpus = topology
+    load = sanitised(weight)
+    num_layers, num_experts = load.shape
+    group_key, gpu_key = jax.random.split(fixed_if_none(key))
+
+    group_size = num_experts // num_groups
+    by_group = load.reshape(num_layers, num_groups, group_size).sum(2)
+    groups = packs(by_group, num_nodes, strategy, group_key)
+    experts = groups[..., None] * group_size + jnp.arange(group_size, dtype=jnp.int32)
+    experts = experts.reshape(num_layers * num_nodes, num_experts // num_nodes)
+    # From here a row is a node of a layer, and its experts go by their place in `experts`.
+    owner = jnp.broadcast_to(load[:, None], (num_layers, num_nodes, num_experts))
+    replicas = _within_node(
+        jnp.take_along_axis(owner.reshape(num_layers * num_nodes, num_experts), experts, axis=1),
+        num_replicas // num_nodes,
+        num_gpus // num_nodes,
+        strategy,
+        gpu_key,
+    )
+    phy2log = jnp.take_along_axis(experts, replicas.expert, axis=1)
+    shape = (num_layers, num_replicas)
+    return place(phy2log.reshape(shape), replicas.rank.reshape(shape), num_experts)
+
+
+class _Replicas(NamedTuple):
+    """The replica in every slot: its expert, and its rank among the replicas of that expert."""
+
+    expert: Int32[Array, "L R"]
+    rank: Int32[Array, "L R"]
+
+
+def _within_node(
+    load: Float[Array, "L E"],
+    num_replicas: int,
+    num_gpus: int,
+    strategy: Strategy,
+    key: Key[Array, ""],
+) -> _Replicas:
+    """Replicate experts and pack the replicas to GPUs; nodes do not see each other."""
+    num_experts = load.shape[1]
+    replication = replicate(load, num_replicas)
+    per_replica = jnp.take_along_axis(
+        load / replication.logcnt.astype(jnp.float32), replication.phy2log, axis=1
+    )
+    slots = packs(per_replica, num_gpus, strategy, key)
+    if strategy.distinct and 1 < num_gpus < num_replicas:
+        spares = num_replicas - num_experts
+        slots = jax.vmap(separate, (0, 0, 0, None))(slots, per_replica, replication.phy2log, spares)
+    slots = slots.reshape(load.shape[0], num_replicas)
+    expert = jnp.take_along_axis(replication.phy2log, slots, axis=1)
+    rank = jnp.take_along_axis(replication.rank, slots, axis=1)
+    if not strategy.distinct:
+        return _Replicas(expert, rank)
+    idle = jnp.all(load == 0, axis=1, keepdims=True)
+    idle_expert, idle_rank = _idle_replicas(num_experts, num_replicas, num_gpus)
+    return _Replicas(jnp.where(idle, idle_expert, expert), jnp.where(idle, idle_rank, rank))
+
+
+def _idle_replicas(
+    num_experts: int, num_replicas: int, num_gpus: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Expert and rank in every slot of a node without load.
+
+    Experts are dealt to the GPUs in turn, then the spares, each to an expert with the fewest
+    replicas that its GPU does not hold.
+    """
+    count = np.zeros(num_experts, np.int32)
+    held = np.zeros((num_gpus, num_experts), bool)
+    expert, rank = np.zeros((2, num_gpus, num_replicas // num_gpus), np.int32)
+    for replica in range(num_replicas):
+        turn, gpu = divmod(replica, num_gpus)
+        one = replica if replica < num_experts else np.argmin(count + held[gpu] * num_replicas)
+        expert[gpu, turn], rank[gpu, turn] = one, count[one]
+        count[one] += 1
+        held[gpu, one] = True
+    return expert.ravel(), rank.ravel()

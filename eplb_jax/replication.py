@@ -1,0 +1,83 @@
+"""How many replicas every expert gets."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float
+
+from eplb_jax.types import Replication
+from eplb_jax.validation import LoadLike, as_count, as_load, check_multiple, sanitised
+
+
+def replicate_experts(weight: LoadLike, num_phy: int) -> Replication:
+    """Give the spare replicas of every layer, one by one, to the expert of most load per replica.
+
+    This minimises the largest load of a replica. Ties go to the lowest expert. A layer
+    without any load counts as one of equal loads, so that its spares go to distinct experts.
+
+    Args:
+        weight: [L, E] loads in any unit; anything `jnp.asarray` takes.
+        num_phy: R, how many replicas a layer has in all; at least E.
+
+    Returns:
+        The expert of every replica and the replica's rank among those of its expert, each int32
+        [L, R]: first every expert once, then the spares as they were given; and the number of
+        replicas of every expert, int32 [L, E].
+
+    Raises:
+        TypeError: An argument is of the wrong kind.
+        ValueError: num_phy is less than E, `weight` is not [L, E], or a load is NaN,
+            infinite or negative.
+
+    Example:
+        >>> replication = replicate_experts([[6, 3, 2]], 5)
+        >>> replication.phy2log.tolist(), replication.logcnt.tolist()
+        ([[0, 1, 2, 0, 0]], [[3, 1, 1]])
+
+    References:
+        DeepSeek-AI, EPLB (github.com/deepseek-ai/EPLB): the function of this name. The rule is
+        D'Hondt's apportionment (V. D'Hondt, 1882).
+    """
+    load = as_load(weight, "weight")
+    num_phy = as_count("num_phy", num_phy)
+    check_multiple("num_phy", num_phy, "1", 1, least=load.shape[1])
+    return _replicate_experts(load, num_phy=num_phy)
+
+
+@partial(jax.jit, static_argnames="num_phy")
+def _replicate_experts(weight: Float[Array, "L E"], *, num_phy: int) -> Replication:
+    load = sanitised(weight)
+    idle = jnp.all(load == 0, axis=1, keepdims=True)
+    return replicate(jnp.where(idle, 1, load), num_phy)
+
+
+def replicate(load: Float[Array, "L E"], num_phy: int) -> Replication:
+    """`replicate_experts` as DeepSeek has it: the spares of a layer without load to expert 0.
+
+    The spares go to the largest of all quotients load / k, k = 1, 2, ... An expert that j others
+    exceed gets at most every (j + 1)-th spare, as each of those gets at least as many; so
+    S ln(S) quotients are enough for S spares, and one sort gives the whole sequence.
+    """
+    num_experts = load.shape[1]
+    spares = num_phy - num_experts
+    share = [spares // (j + 1) for j in range(min(num_experts, spares))]
+    place = np.repeat(np.arange(len(share)), share)
+    copies = np.concatenate([np.arange(1, s + 1) for s in share] or [np.empty(0)])
+
+    by_load = jnp.argsort(-load, axis=1, stable=True).astype(jnp.int32)
+    expert = by_load[:, place]
+    quotient = jnp.take_along_axis(load, expert, axis=1) / jnp.asarray(copies, jnp.float32)
+    rank = jnp.broadcast_to(jnp.asarray(copies, jnp.int32), expert.shape)
+    _, expert, rank = lax.sort((-quotient, expert, rank), num_keys=3)
+    expert, rank = expert[:, :spares], rank[:, :spares]
+
+    once = jnp.broadcast_to(jnp.arange(num_experts, dtype=jnp.int32), load.shape)
+    phy2log = jnp.concatenate([once, expert], axis=1)
+    return Replication(
+        phy2log,
+        jnp.concatenate([jnp.zeros_like(once), rank], axis=1),
+        jax.vmap(lambda x: jnp.zeros(num_experts, jnp.int32).at[x].add(1))(phy2log),
+    )
