@@ -1,0 +1,220 @@
+"""The command line: `eplb-jax plan`. Needs the extra `cli`."""
+
+import contextlib
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, BinaryIO, NoReturn, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from eplb_jax import loads
+from eplb_jax.metrics import Balance, balance, evenness
+from eplb_jax.packing.strategy import STRATEGIES
+from eplb_jax.placement import check_placement
+from eplb_jax.rebalance import POLICIES, Policy, rebalance_experts
+from eplb_jax.types import Placement
+
+try:
+    import typer
+    from rich.console import Console
+    from rich.table import Table
+except ModuleNotFoundError as error:
+    sys.exit(f"eplb-jax: {error.name} is missing; install it with: pip install 'eplb-jax[cli]'")
+
+main = typer.Typer(
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+@main.callback()
+def _commands() -> None:
+    """Balance the experts of mixture-of-experts models over GPUs."""
+
+
+def _fail(message: object) -> NoReturn:
+    typer.echo(f"eplb-jax: error: {message}", err=True)
+    raise typer.Exit(2)
+
+
+@main.command()
+def plan(
+    load: Annotated[
+        str,
+        typer.Argument(
+            metavar="LOAD",
+            help="Measured load, [layers, experts] or [windows, layers, experts] (summed): "
+            "a .npz, .npy, .json or .csv file, or 'example'.",
+        ),
+    ],
+    replicas: Annotated[int, typer.Option(help="Physical slots of a layer, over all GPUs.")],
+    gpus: Annotated[int, typer.Option(help="GPUs, over all nodes.")],
+    groups: Annotated[int, typer.Option(help="Groups of experts.")] = 1,
+    nodes: Annotated[int, typer.Option(help="Nodes.")] = 1,
+    policy: Annotated[str, typer.Option(help=f"One of: {', '.join(POLICIES)}.")] = "auto",
+    strategy: Annotated[str, typer.Option(help=f"One of: {', '.join(STRATEGIES)}.")] = "auto",
+    seed: Annotated[int, typer.Option(help="Seed of strategies that draw at random.")] = 0,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="Write the plan there, as JSON.")
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw GPU loads before and after there (.png, .svg, .pdf).")
+    ] = None,
+) -> None:
+    """Plan where the replicas of every expert lie, and say how balanced that is."""
+    try:
+        _check_writable(output)
+        _check_writable(plot)
+        windows = loads.example() if load == "example" else loads.read(load)
+        counts = windows.sum(axis=0) if windows.ndim == 3 else windows
+
+        def make() -> Placement:
+            return rebalance_experts(
+                counts,
+                replicas,
+                groups,
+                nodes,
+                gpus,
+                policy=cast(Policy, policy),  # checked there
+                strategy=strategy,
+                key=jax.random.key(seed),
+            )
+
+        placement, first = _timed(make)
+        _, again = _timed(make)
+        check_placement(placement)
+        before, after = _unplanned(counts, gpus), balance(counts, placement, gpus)
+        _print_table(counts.shape, before, after, first - again, again)
+        if output is not None:
+            described = {
+                "eplb_jax": version("eplb-jax"),
+                "load": load,
+                "num_replicas": replicas,
+                "num_groups": groups,
+                "num_nodes": nodes,
+                "num_gpus": gpus,
+                "policy": policy,
+                "strategy": strategy,
+                "seed": seed,
+                "balancedness": round(float(after.mean_balancedness), 6),
+            }
+            text = json.dumps(described | _maps(placement))
+            _write_whole(output, lambda file: file.write(text.encode()))
+        if plot is not None:
+            _draw(plot, before, after)
+    except (ValueError, TypeError, OverflowError, OSError) as error:
+        _fail(error)
+
+
+def _timed(make: Callable[[], Placement]) -> tuple[Placement, float]:
+    start = time.perf_counter()
+    placement = jax.block_until_ready(make())
+    return placement, time.perf_counter() - start
+
+
+def _unplanned(counts: np.ndarray, num_gpus: int) -> Balance:
+    """No replicas, expert e on GPU e * G // E: what a model does without a balancer."""
+    gpu = np.arange(counts.shape[1]) * num_gpus // counts.shape[1]
+    gpu_load = np.stack([counts[:, gpu == g].sum(axis=1) for g in range(num_gpus)], axis=1)
+    return evenness(jnp.asarray(gpu_load, jnp.float32))
+
+
+def _print_table(
+    shape: tuple[int, ...], before: Balance, after: Balance, compile_s: float, run_s: float
+) -> None:
+    table = Table(title=f"{shape[0]} layers x {shape[1]} experts", title_justify="left")
+    table.add_column("")
+    table.add_column("no balancer", justify="right")
+    table.add_column("plan", justify="right")
+    both = before, after
+    table.add_row(
+        "balancedness (mean / heaviest GPU)", *(f"{b.mean_balancedness:.4f}" for b in both)
+    )
+    table.add_row("imbalance (heaviest / mean GPU - 1)", *(f"{b.mean_imbalance:.2%}" for b in both))
+    worst = [int(jnp.argmax(b.imbalance)) for b in both]
+    table.add_row(
+        "worst layer, its imbalance",
+        *(f"{w}, {b.imbalance[w]:.2%}" for w, b in zip(worst, both, strict=True)),
+    )
+    console = Console()
+    console.print(table)
+    device = jax.devices()[0]
+    console.print(
+        f"compiled in {compile_s:.2f} s, planned in {run_s * 1e3:.1f} ms on "
+        f"{device.platform} ({device.device_kind})",
+        highlight=False,
+    )
+
+
+def _maps(placement: Placement) -> dict[str, list[object]]:
+    """The maps as nested lists, the slots of an expert trimmed to the most that one has."""
+    phy2log, log2phy, logcnt = (np.asarray(x) for x in placement)
+    most = logcnt.max(initial=1)
+    return {
+        "phy2log": phy2log.tolist(),
+        "log2phy": log2phy[:, :, :most].tolist(),
+        "logcnt": logcnt.tolist(),
+    }
+
+
+def _draw(path: Path, before: Balance, after: Balance) -> None:
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    layer = int(jnp.argmax(before.imbalance))
+    with mpl.rc_context({"axes.spines.top": False, "axes.spines.right": False}):
+        figure = Figure(figsize=(10, 6), layout="constrained")
+        one, every = figure.subplots(2, 1)
+        for axes, title, xlabel in (
+            (one, f"GPUs of layer {layer}, the worst without a balancer", "GPU"),
+            (every, "Heaviest GPU of every layer", "layer"),
+        ):
+            axes.set(title=title, xlabel=xlabel, ylabel="load / mean GPU")
+            axes.axhline(1, color="black", linewidth=0.8, zorder=3)
+        for shift, balanced, label, color in (
+            (-0.2, before, "no balancer", "#b9b9b9"),
+            (0.2, after, "plan", "#1f77b4"),
+        ):
+            gpu_load = np.asarray(balanced.gpu_load)
+            mean = gpu_load.mean(axis=1, keepdims=True)
+            ratio = gpu_load / np.where(mean > 0, mean, 1)
+            for axes, heights in ((one, ratio[layer]), (every, ratio.max(axis=1))):
+                axes.bar(np.arange(heights.size) + shift, heights, 0.4, color=color, label=label)
+        for axes in (one, every):
+            axes.margins(x=0.01)
+        one.legend(frameon=False, loc="upper right")
+        kind = path.suffix.lstrip(".") or "png"
+        _write_whole(path, lambda file: figure.savefig(file, format=kind, dpi=150))
+
+
+def _check_writable(path: Path | None) -> None:
+    if path is not None and not path.absolute().parent.is_dir():
+        raise ValueError(f"{path}: the folder {path.absolute().parent} does not exist")
+    if path is not None and path.is_dir():
+        raise ValueError(f"{path} is a folder")
+
+
+def _write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Write a file so that it appears complete or not at all."""
+    handle, name = tempfile.mkstemp(dir=path.absolute().parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            write(file)
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(name, 0o666 & ~umask)
+        os.replace(name, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(name)
+        raise

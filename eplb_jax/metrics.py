@@ -1,0 +1,84 @@
+"""How balanced a plan is under a load that each expert splits evenly over its replicas."""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from eplb_jax.types import Placement
+from eplb_jax.validation import LoadLike, as_count, as_load, check_divides
+
+
+class Balance(NamedTuple):
+    """The load of every GPU, and how even it is; a layer without load is perfectly balanced.
+
+    Attributes:
+        gpu_load: In the unit of the load.
+        imbalance: Heaviest GPU / mean GPU - 1, per layer: the share of time lost.
+        balancedness: Mean GPU / heaviest GPU, per layer.
+        mean_imbalance: The mean of `imbalance` over layers.
+        mean_balancedness: The mean of `balancedness` over layers.
+    """
+
+    gpu_load: Float[Array, "L G"]
+    imbalance: Float[Array, " L"]
+    balancedness: Float[Array, " L"]
+    mean_imbalance: Float[Array, ""]
+    mean_balancedness: Float[Array, ""]
+
+
+def balance(load: LoadLike, placement: Placement, num_gpus: int) -> Balance:
+    """Measure a plan on a load, which need not be the one it was made for.
+
+    Args:
+        load: [L, E] loads in any unit.
+        placement: The plan, for the same layers and experts.
+        num_gpus: G; divides the number of slots.
+
+    Returns:
+        GPU loads, imbalance and balancedness.
+
+    Raises:
+        TypeError: An argument is of the wrong kind.
+        ValueError: Load and plan do not fit, num_gpus does not divide the number of
+            slots, or a load is NaN, infinite or negative.
+
+    Example:
+        >>> from eplb_jax.placement import place
+        >>> plan = place(*map(jnp.asarray, ([[0, 1]], [[0, 0]])), 2)
+        >>> balance([[100, 200]], plan, 2).balancedness.tolist()
+        [0.75]
+    """
+    array = as_load(load, "load")
+    if placement.logcnt.shape != array.shape:
+        raise ValueError(
+            f"load has the shape {array.shape}, but the plan is for {placement.logcnt.shape}"
+        )
+    num_gpus = as_count("num_gpus", num_gpus)
+    check_divides("num_gpus", num_gpus, "number of slots", placement.phy2log.shape[1])
+    return _balance(array, placement, num_gpus=num_gpus)
+
+
+@partial(jax.jit, static_argnames="num_gpus")
+def _balance(load: Float[Array, "L E"], placement: Placement, *, num_gpus: int) -> Balance:
+    per_replica = load / placement.logcnt.astype(jnp.float32)
+    per_slot = jnp.take_along_axis(per_replica, placement.phy2log, axis=1)
+    num_layers, num_slots = per_slot.shape
+    by_gpu = per_slot.reshape(num_layers, num_gpus, num_slots // num_gpus)
+    return evenness(jnp.sum(by_gpu, axis=2))
+
+
+def evenness(gpu_load: Float[Array, "L G"]) -> Balance:
+    """The metrics of known GPU loads.
+
+    Example:
+        >>> float(evenness(jnp.array([[100.0, 200.0], [100.0, 200.0]])).mean_balancedness)
+        0.75
+    """
+    mean, heaviest = jnp.mean(gpu_load, axis=1), jnp.max(gpu_load, axis=1)
+    busy = heaviest > 0
+    imbalance = jnp.where(busy, heaviest / jnp.where(busy, mean, 1), 1) - 1
+    balancedness = jnp.where(busy, mean / jnp.where(busy, heaviest, 1), 1)
+    return Balance(gpu_load, imbalance, balancedness, jnp.mean(imbalance), jnp.mean(balancedness))
