@@ -1,0 +1,33 @@
+"""Balance beside the torch originals, whose mean imbalance is in golden/imbalance.json."""
+
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from helpers import lognormal, mean_imbalance, measured, replicated
+
+import eplb_jax
+
+GOLDEN = Path(__file__).parent / "golden"
+V2_LITE = eplb_jax.loads.read(GOLDEN / "deepseek_v2_lite.npz").reshape(-1, 64)
+
+LOADS = {
+    "DeepSeek-V3-0324, 288 into 32": (measured()[::2], 32),
+    "DeepSeek-V2-Lite, 72 into 8": (replicated(V2_LITE[::3], 72), 8),
+    "lognormal, 144 into 16": (replicated(lognormal(32, 128), 144), 16),
+}
+ORIGINAL = json.loads((GOLDEN / "imbalance.json").read_text())
+
+
+@pytest.mark.parametrize("strategy", [n for n in eplb_jax.STRATEGIES if n in ORIGINAL])
+@pytest.mark.parametrize("load", LOADS)
+def test_no_less_balanced_than_the_original(strategy, load):
+    weight, num_packs = LOADS[load]
+    ours = []
+    for seed in range(4):  # the originals draw anew in every run
+        key = jax.random.key(seed)
+        packing = eplb_jax.balanced_packing(weight, num_packs, strategy=strategy, key=key)
+        ours.append(mean_imbalance(weight, packing.pack_index, num_packs))
+    assert np.mean(ours) <= 1.05 * ORIGINAL[strategy][load]
