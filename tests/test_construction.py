@@ -1,3 +1,4 @@
+import jax
 import jax.numpy as jnp
 import numpy as np
 import oracle
@@ -7,6 +8,9 @@ from helpers import lognormal, measured
 from eplb_jax.packing import lanes
 from eplb_jax.packing.construction import chunked_greedy, greedy, quantised_greedy
 
+greedy, quantised_greedy, chunked_greedy = (
+    jax.jit(x, static_argnums=2) for x in (greedy, quantised_greedy, chunked_greedy)
+)
 SHAPES = [(4, 2), (12, 3), (12, 6), (30, 5), (64, 8), (288, 32)]
 
 

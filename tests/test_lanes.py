@@ -8,10 +8,10 @@ from hypothesis import strategies as st
 from eplb_jax.packing import lanes
 
 
-@pytest.mark.parametrize("n", [*range(1, 34), 63, 64, 65, 100, 288, 300])
+@pytest.mark.parametrize("n", [*range(1, 18), 31, 32, 33, 65, 100, 288])
 def test_the_network_sorts_every_lane(n):
     keys = np.random.default_rng(n).integers(-9, 500, (n, lanes.FEW_LANES), np.int32)
-    np.testing.assert_array_equal(lanes.sort_lanes(jnp.asarray(keys)), np.sort(keys, axis=0))
+    np.testing.assert_array_equal(jax.jit(lanes.sort_lanes)(keys), np.sort(keys, axis=0))
 
 
 def test_few_lanes_take_the_library_sort_and_agree_with_the_network():

@@ -26,7 +26,7 @@ ORIGINAL = json.loads((GOLDEN / "imbalance.json").read_text())
 def test_no_less_balanced_than_the_original(strategy, load):
     weight, num_packs = LOADS[load]
     ours = []
-    for seed in range(4):  # the originals draw anew in every run
+    for seed in range(4 if strategy == "pruned" else 16):  # the originals draw anew in every run
         key = jax.random.key(seed)
         packing = eplb_jax.balanced_packing(weight, num_packs, strategy=strategy, key=key)
         ours.append(mean_imbalance(weight, packing.pack_index, num_packs))

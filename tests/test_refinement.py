@@ -41,7 +41,7 @@ def loads_of(weight, contents):
 @pytest.mark.parametrize(("m", "c"), [(2, 2), (2, 9), (3, 1), (5, 4), (8, 3)])
 def test_a_refinement_keeps_every_item_and_never_worsens(refinement, m, c):
     weight, contents = instance(m, c)
-    refined = refinement(contents, weight, KEY)
+    refined = jax.jit(refinement)(contents, weight, KEY)
     flat = np.sort(np.asarray(refined).reshape(m * c, -1), axis=0)
     np.testing.assert_array_equal(flat, np.arange(m * c)[:, None] * np.ones((1, 4), int))
     before, after = loads_of(weight, contents), loads_of(weight, refined)
@@ -52,9 +52,10 @@ def test_a_refinement_keeps_every_item_and_never_worsens(refinement, m, c):
 @pytest.mark.parametrize("refinement", REFINEMENTS, ids=str)
 def test_lanes_are_independent_and_one_candidate_needs_none(refinement):
     weight, contents = instance(5, 4)
-    refined = refinement(contents, weight, KEY)
+    refine = jax.jit(refinement)
+    refined = refine(contents, weight, KEY)
     for lane in range(4):
-        alone = refinement(contents[..., lane], weight, KEY)
+        alone = refine(contents[..., lane], weight, KEY)
         np.testing.assert_array_equal(alone, refined[..., lane])
 
 
@@ -91,7 +92,7 @@ def test_one_step_makes_the_exchange_that_lowers_the_squares_most(swap, seed):
     weight, contents = instance(6, 4, seed)
     one = Swap(1, swap.heavy, swap.light, swap.pairs)
     integer = [int(x) for x in np.asarray(lanes.fixed_point(weight, 4, lanes.LOAD_BITS))]
-    refined = np.asarray(one(contents, weight, KEY))
+    refined = np.asarray(jax.jit(one)(contents, weight, KEY))
     for lane in range(contents.shape[2]):
         start = np.asarray(contents[..., lane])
         loads = [sum(integer[i] for i in row) for row in start]
@@ -111,10 +112,11 @@ def test_swaps_find_the_optimum_where_one_exchange_is_missing():
 
 def test_two_for_two_gets_further_than_one_for_one():
     better = 0
+    swap, swap_pairs = jax.jit(Swap(60)), jax.jit(Swap(60, pairs=True))
     for seed in range(8):
         weight, contents = instance(8, 9, seed)
-        single = loads_of(weight, Swap(60)(contents, weight, KEY)).max(axis=0)
-        pairs = loads_of(weight, Swap(60, pairs=True)(contents, weight, KEY)).max(axis=0)
+        single = loads_of(weight, swap(contents, weight, KEY)).max(axis=0)
+        pairs = loads_of(weight, swap_pairs(contents, weight, KEY)).max(axis=0)
         better += np.sum(pairs < single)
     assert better >= 28  # of 32
 
@@ -131,11 +133,11 @@ def test_rebuilding_with_a_third_pack_touches_other_packs_too():
 
 def test_rebuilding_depends_on_the_key_only_through_noise():
     weight, contents = instance(8, 9)
-    noisy = Rebuild(20, attempts=4, low=0.8, high=1.2)
+    noisy = jax.jit(Rebuild(20, attempts=4, low=0.8, high=1.2))
     same = noisy(contents, weight, jax.random.key(0))
     np.testing.assert_array_equal(same, noisy(contents, weight, KEY))
     assert not jnp.array_equal(same, noisy(contents, weight, jax.random.key(1)))
-    plain = Rebuild(20)
+    plain = jax.jit(Rebuild(20))
     np.testing.assert_array_equal(
         plain(contents, weight, KEY), plain(contents, weight, jax.random.key(1))
     )

@@ -15,6 +15,7 @@ import eplb_jax
 from eplb_jax import STRATEGIES, Strategy, balanced_packing
 from eplb_jax.packing import search
 from eplb_jax.packing.orders import Lpt, RampedLpt, Zigzag
+from eplb_jax.packing.refinement import Rebuild
 
 COLLECTIVES = re.compile(
     r"all-gather|all-reduce|all-to-all|collective-permute|collective-broadcast|reduce-scatter"
@@ -26,7 +27,7 @@ every_strategy = pytest.mark.parametrize(
 
 
 @every_strategy
-@pytest.mark.parametrize(("layers", "n", "m"), [(3, 24, 4), (2, 27, 3), (0, 12, 6), (1, 8, 2)])
+@pytest.mark.parametrize(("layers", "n", "m"), [(3, 24, 4), (2, 27, 3), (0, 12, 6)])
 def test_feasible(name, layers, n, m):
     packing = balanced_packing(lognormal(layers, n), m, strategy=name)
     assert packing.pack_index.dtype == packing.rank_in_pack.dtype == jnp.int32
@@ -89,8 +90,8 @@ def test_deterministic_and_a_layer_does_not_see_the_others(name):
     packing = balanced_packing(weight, 4, strategy=name)
     assert_same(packing, balanced_packing(weight, 4, strategy=name))
     assert_same(packing, balanced_packing(weight, 4, strategy=name, key=jax.random.key(0)))
-    last = balanced_packing(weight[-1:], 4, strategy=name)
-    assert_same([x[-1:] for x in packing], last)
+    others = np.stack([weight[2], 4 * weight[1], weight[2]])
+    assert_same([x[1] for x in packing], [x[1] for x in balanced_packing(others, 4, strategy=name)])
 
 
 @every_strategy
@@ -106,7 +107,7 @@ def test_the_packing_follows_its_items(name):
 @every_strategy
 def test_under_jit_and_vmap(name):
     weight = jnp.asarray(lognormal(4, 12))
-    small = _smaller(STRATEGIES[name])
+    small = smaller(STRATEGIES[name])
     eager = balanced_packing(weight, 3, strategy=small)
 
     def pack(weight):
@@ -120,25 +121,27 @@ def test_under_jit_and_vmap(name):
 @pytest.mark.parametrize("name", ["greedy", "lns", "two_swap"])
 def test_as_python_loops(name):
     weight = lognormal(1, 6)
-    small = _smaller(STRATEGIES[name])
+    small = smaller(STRATEGIES[name])
     jitted = balanced_packing(weight, 3, strategy=small)
     with jax.disable_jit():
         assert_same(balanced_packing(weight, 3, strategy=small), jitted)
 
 
-def _smaller(strategy):
-    """The same strategy with at most 4 candidates a family and 2 steps, for Python loops."""
+def smaller(strategy):
+    """The same strategy with at most 4 candidates a family, 2 steps and 2 attempts."""
     orders = tuple(dataclasses.replace(x, count=min(x.count, 4)) for x in strategy.orders)
     refinement = strategy.refinement
     if refinement is not None:
         refinement = dataclasses.replace(refinement, steps=2)
+    if isinstance(refinement, Rebuild):
+        refinement = dataclasses.replace(refinement, attempts=min(refinement.attempts, 2))
     keep = min(strategy.keep, sum(x.count for x in orders))
     return dataclasses.replace(strategy, orders=orders, refinement=refinement, keep=keep)
 
 
 @every_strategy
 def test_new_values_compile_nothing(name):
-    strategy = _smaller(STRATEGIES[name])
+    strategy = smaller(STRATEGIES[name])
     chex.clear_trace_counter()
     traced = chex.assert_max_traces(search.packs, n=1)
     run = jax.jit(lambda w, key: traced(w, 4, strategy, key))
@@ -176,10 +179,11 @@ def test_kinds_of_numbers(name):
 def test_layers_over_a_mesh_need_no_communication(name):
     mesh = jax.make_mesh((8,), ("layer",), axis_types=(jax.sharding.AxisType.Auto,))
     weight = lognormal(16, 24)
+    small = smaller(STRATEGIES[name])
     sharded = jax.device_put(weight, NamedSharding(mesh, PartitionSpec("layer")))
 
     def plan(weight):
-        return eplb_jax.rebalance_experts(weight, 32, 1, 1, 4, strategy=name)
+        return eplb_jax.rebalance_experts(weight, 32, 1, 1, 4, strategy=small)
 
     compiled = jax.jit(plan).lower(sharded).compile()
     assert not COLLECTIVES.findall(compiled.as_text())
@@ -207,13 +211,11 @@ def test_more_candidates_are_better_and_blocks_do_not_matter(monkeypatch):
     assert spread(base) < spread(few)
     mixed = dataclasses.replace(base, orders=(Lpt(), RampedLpt(70, 0.0, 0.2), Zigzag()))
     for strategy in (base, mixed):
-        key = jax.random.key(0)
-        whole = search.packs(jnp.asarray(weight), 4, strategy, key)
+        whole = balanced_packing(weight, 4, strategy=strategy)
         with monkeypatch.context() as context:
             context.setattr(search, "BLOCK", 24 * 32)
-            np.testing.assert_array_equal(
-                search.packs(jnp.asarray(weight), 4, strategy, key), whole
-            )
+            jax.clear_caches()
+            assert_same(balanced_packing(weight, 4, strategy=strategy), whole)
 
 
 def test_bad_counts_are_named():
