@@ -46,8 +46,8 @@ def balance(load: LoadLike, placement: Placement, num_gpus: int) -> Balance:
             slots, or a load is NaN, infinite or negative.
 
     Example:
-        >>> from eplb_jax.placement import place
-        >>> plan = place(*map(jnp.asarray, ([[0, 1]], [[0, 0]])), 2)
+        >>> import eplb_jax
+        >>> plan = eplb_jax.rebalance_experts([[100, 200]], 2, 1, 1, 2)
         >>> balance([[100, 200]], plan, 2).balancedness.tolist()
         [0.75]
     """

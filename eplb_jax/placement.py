@@ -5,21 +5,26 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int32
 
-from eplb_jax.types import Placement
+from eplb_jax.types import Placement, Replication
 
 
-def place(phy2log: Int32[Array, "L R"], rank: Int32[Array, "L R"], num_experts: int) -> Placement:
-    """The plan whose slots hold these replicas; `rank` numbers the replicas of each expert."""
-    num_slots = phy2log.shape[1]
+@jax.jit
+def place(replicas: Replication) -> Placement:
+    """The plan whose slots hold these replicas."""
+    phy2log, rank, logcnt = replicas
+    num_slots, num_experts = phy2log.shape[1], logcnt.shape[1]
     most = num_slots - num_experts + 1
     slot = jnp.arange(num_slots, dtype=jnp.int32)
 
-    def maps(expert: Int32[Array, " R"], rank: Int32[Array, " R"]) -> tuple[Array, Array]:
-        empty = jnp.full((num_experts, most), -1, jnp.int32)
-        count = jnp.zeros(num_experts, jnp.int32).at[expert].add(1)
-        return empty.at[expert, rank].set(slot), count
+    def slots(expert: Int32[Array, " R"], rank: Int32[Array, " R"]) -> Int32[Array, "E X"]:
+        return jnp.full((num_experts, most), -1, jnp.int32).at[expert, rank].set(slot)
 
-    return Placement(phy2log, *jax.vmap(maps)(phy2log, rank))
+    return Placement(phy2log, jax.vmap(slots)(phy2log, rank), logcnt)
+
+
+def counted(phy2log: Int32[Array, "L R"], num_experts: int) -> Int32[Array, "L E"]:
+    """How many replicas every expert has."""
+    return jax.vmap(lambda x: jnp.zeros(num_experts, jnp.int32).at[x].add(1))(phy2log)
 
 
 def check_placement(placement: Placement) -> None:

@@ -11,9 +11,9 @@ from jaxtyping import Array, Float, Int32, Key
 from eplb_jax.packing.distinct import separate
 from eplb_jax.packing.search import check_size, packs
 from eplb_jax.packing.strategy import Strategy, resolve
-from eplb_jax.placement import place
+from eplb_jax.placement import counted, place
 from eplb_jax.replication import replicate
-from eplb_jax.types import Placement
+from eplb_jax.types import Placement, Replication
 from eplb_jax.validation import (
     LoadLike,
     as_count,
@@ -80,9 +80,32 @@ def rebalance_experts(
     References:
         DeepSeek-AI, EPLB (github.com/deepseek-ai/EPLB): the function of this name.
     """
+    counts = num_replicas, num_groups, num_nodes, num_gpus
+    return place(place_replicas(weight, *counts, policy=policy, strategy=strategy, key=key))
+
+
+def place_replicas(
+    weight: LoadLike,
+    num_replicas: int,
+    num_groups: int,
+    num_nodes: int,
+    num_gpus: int,
+    *,
+    policy: Policy = "auto",
+    strategy: str | Strategy = "auto",
+    key: Key[Array, ""] | None = None,
+) -> Replication:
+    """`rebalance_experts`, with the rank of every replica in place of the large `log2phy`.
+
+    Arguments and errors are the same.
+
+    Returns:
+        The expert in every slot and the rank of that replica among those of its expert, each
+        int32 [L, R], and the replicas of every expert, int32 [L, E].
+    """
     load = as_load(weight, "weight")
     topology = _topology(load.shape[1], num_replicas, num_groups, num_nodes, num_gpus, policy)
-    return _rebalance(load, as_key(key), topology=topology, strategy=resolve(strategy))
+    return _place_replicas(load, as_key(key), topology=topology, strategy=resolve(strategy))
 
 
 class _Topology(NamedTuple):
@@ -114,13 +137,13 @@ def _topology(
 
 
 @partial(jax.jit, static_argnames=("topology", "strategy"))
-def _rebalance(
+def _place_replicas(
     weight: Float[Array, "L E"],
     key: Key[Array, ""] | None,
     *,
     topology: _Topology,
     strategy: Strategy,
-) -> Placement:
+) -> Replication:
     num_replicas, num_groups, num_nodes, num_gpus = topology
     load = sanitised(weight)
     num_layers, num_experts = load.shape
@@ -140,9 +163,9 @@ def _rebalance(
         strategy,
         gpu_key,
     )
-    phy2log = jnp.take_along_axis(experts, replicas.expert, axis=1)
-    shape = (num_layers, num_replicas)
-    return place(phy2log.reshape(shape), replicas.rank.reshape(shape), num_experts)
+    phy2log = jnp.take_along_axis(experts, replicas.expert, axis=1).reshape(-1, num_replicas)
+    rank = replicas.rank.reshape(-1, num_replicas)
+    return Replication(phy2log, rank, counted(phy2log, num_experts))
 
 
 class _Replicas(NamedTuple):

@@ -8,6 +8,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
+from eplb_jax.placement import counted
 from eplb_jax.types import Replication
 from eplb_jax.validation import LoadLike, as_count, as_load, check_multiple, sanitised
 
@@ -79,5 +80,5 @@ def replicate(load: Float[Array, "L E"], num_phy: int) -> Replication:
     return Replication(
         phy2log,
         jnp.concatenate([jnp.zeros_like(once), rank], axis=1),
-        jax.vmap(lambda x: jnp.zeros(num_experts, jnp.int32).at[x].add(1))(phy2log),
+        counted(phy2log, num_experts),
     )

@@ -30,9 +30,10 @@ class Packing(NamedTuple):
 
 
 class Replication(NamedTuple):
-    """Which expert every physical replica copies, before slots are chosen.
+    """Which expert every physical replica copies.
 
-    ``rank`` numbers the replicas of one expert from 0; ``logcnt`` is how many there are.
+    ``rank`` numbers the replicas of one expert from 0; ``logcnt`` is how many there are. Replicas
+    stand in the order in which they were given out, or, once placed, in the order of their slots.
     """
 
     phy2log: Int32[Array, "L R"]

@@ -7,6 +7,7 @@ import eplb_jax
 from eplb_jax import Placement, check_placement, rebalance_experts
 from eplb_jax.metrics import balance, evenness
 from eplb_jax.placement import place
+from eplb_jax.types import Replication
 
 
 def test_the_mean_is_over_gpus_not_over_layers():
@@ -51,7 +52,7 @@ def test_load_and_plan_must_fit():
 
 def test_a_sound_plan_passes_and_damage_is_found():
     phy2log, rank = jnp.asarray([[0, 1, 2, 0]]), jnp.asarray([[0, 0, 0, 1]])
-    plan = place(phy2log, rank, 3)
+    plan = place(Replication(phy2log, rank, jnp.asarray([[2, 1, 1]])))
     assert plan.log2phy.tolist() == [[[0, 3], [1, -1], [2, -1]]]
     check_placement(plan)
     damaged = {
