@@ -1,0 +1,323 @@
+"""DeepSeek's functions on torch tensors, as its callers use them."""
+
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import eplb_torch as eplb
+import jax
+import numpy as np
+import pytest
+import torch
+import torch_oracle
+from eplb_torch import backend
+from helpers import lognormal, measured
+from test_rebalance import README_LOAD, README_PLAN
+
+import eplb_jax
+
+COUNTS = 48, 4, 2, 8
+LOAD = torch.from_numpy(lognormal(3, 32))
+
+
+def assert_equal(ours, theirs):
+    for one, other in zip(ours, theirs, strict=True):
+        assert one.dtype == torch.int64
+        assert torch.equal(one, other)
+
+
+def in_a_new_process(script):
+    run = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=120
+    )
+    assert run.returncode == 0, run.stderr
+    return run.stdout
+
+
+def test_the_example_of_deepseeks_readme():
+    weight = torch.tensor(README_LOAD)
+    phy2log, log2phy, logcnt = eplb.rebalance_experts(weight, 16, 4, 2, 8, strategy="greedy")
+    assert phy2log.tolist() == README_PLAN
+    assert_equal((phy2log, log2phy, logcnt), torch_oracle.rebalance_experts(weight, 16, 4, 2, 8))
+    by_name = eplb.rebalance_experts(
+        weight=weight, num_replicas=16, num_groups=4, num_nodes=2, num_gpus=8, strategy="greedy"
+    )
+    assert_equal(by_name, (phy2log, log2phy, logcnt))
+
+
+def many_loads(num_layers, num_experts, seed):
+    """Layers of measured kinds, without ties: lognormal, uniform, distinct counts, one hot."""
+    rng = np.random.default_rng(seed)
+    kinds = [
+        rng.lognormal(sigma=rng.uniform(0.2, 2), size=num_experts),
+        rng.uniform(size=num_experts),
+        rng.permutation(20 * num_experts)[:num_experts] + 1,
+        np.where(np.arange(num_experts) == 3, 1000, 1) * rng.uniform(1, 2, num_experts),
+    ]
+    rows = [
+        kinds[i % 4] * rng.uniform(1, 9) if i % 4 != 2 else rng.permutation(kinds[2])
+        for i in range(num_layers)
+    ]
+    return torch.from_numpy(np.stack(rows)).float()
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (32, 48, 4, 2, 8),
+        (32, 48, 3, 2, 8),
+        (24, 24, 1, 1, 4),
+        (30, 60, 6, 3, 6),
+        (64, 96, 8, 4, 16),
+    ],
+)
+def test_greedy_is_deepseeks_plan_in_1000_random_layers(shape):
+    num_experts, *counts = shape
+    for seed in range(4):
+        weight = many_loads(50, num_experts, seed)
+        ours = eplb.rebalance_experts(weight, *counts, strategy="greedy")
+        assert_equal(ours, torch_oracle.rebalance_experts(weight, *counts))
+
+
+def test_greedy_is_deepseeks_in_every_function():
+    weight = many_loads(40, 32, 9)
+    assert_equal(
+        eplb.balanced_packing(weight, 8, strategy="greedy"),
+        torch_oracle.balanced_packing(weight, 8),
+    )
+    assert_equal(eplb.balanced_packing(weight, 32), torch_oracle.balanced_packing(weight, 32))
+    assert_equal(eplb.replicate_experts(weight, 48), torch_oracle.replicate_experts(weight, 48))
+    assert_equal(
+        eplb.rebalance_experts_hierarchical(weight, *COUNTS, strategy="greedy"),
+        torch_oracle.rebalance_experts_hierarchical(weight, *COUNTS),
+    )
+
+
+def test_greedy_on_measured_counts():
+    counts = torch.from_numpy(eplb_jax.loads.example().sum(axis=0)[::6])
+    for groups in (8, 1):
+        ours = eplb.rebalance_experts(counts, 288, groups, 4, 32, strategy="greedy")
+        assert_equal(ours, torch_oracle.rebalance_experts(counts, 288, groups, 4, 32))
+
+
+@pytest.mark.parametrize("policy", ["global", "hierarchical"])
+def test_a_plan_is_the_plan_of_eplb_jax(policy):
+    phy2log, log2phy, logcnt = eplb.rebalance_experts(LOAD, *COUNTS, policy=policy, seed=3)
+    plan = eplb_jax.rebalance_experts(LOAD.numpy(), *COUNTS, policy=policy, key=jax.random.key(3))
+    np.testing.assert_array_equal(phy2log, plan.phy2log)
+    np.testing.assert_array_equal(logcnt, plan.logcnt)
+    most = log2phy.shape[2]
+    assert most == logcnt.max()
+    np.testing.assert_array_equal(log2phy, plan.log2phy[:, :, :most])
+    for tensor in (phy2log, log2phy, logcnt):
+        assert tensor.is_contiguous()
+    default = eplb.rebalance_experts(LOAD, *COUNTS, policy=policy)
+    assert not torch.equal(phy2log, default[0])
+    named = eplb.rebalance_experts(LOAD, *COUNTS, policy=policy, strategy="auto", seed=0)
+    assert_equal(named, default)
+
+
+def test_better_than_the_greedy():
+    counts = torch.from_numpy(measured().astype(np.float32)[::6])
+    heaviest = []
+    for strategy in ("greedy", "auto"):
+        pack, _ = eplb.balanced_packing(counts, 32, strategy=strategy)
+        loads = torch.zeros(len(counts), 32).scatter_add_(1, pack, counts)
+        heaviest.append((loads.amax(dim=1) / loads.mean(dim=1)).mean())
+    assert heaviest[1] - 1 < 0.3 * (heaviest[0] - 1)
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        torch.int64,
+        torch.int32,
+        torch.uint8,
+        torch.uint16,
+        torch.float64,
+        torch.float16,
+        torch.bfloat16,
+    ],
+    ids=str,
+)
+def test_any_dtype_is_the_same_load(dtype):
+    counts = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (3, 32)))
+    expected = eplb.rebalance_experts(counts.float(), *COUNTS)
+    assert_equal(eplb.rebalance_experts(counts.to(dtype), *COUNTS), expected)
+
+
+def test_views_and_large_counts_are_the_same_load():
+    expected = eplb.rebalance_experts(LOAD, *COUNTS)
+    counts = LOAD.double().mul(2**30).long()
+    kept = counts.clone()
+    assert_equal(
+        eplb.rebalance_experts(counts * 2**20, *COUNTS), eplb.rebalance_experts(counts, *COUNTS)
+    )
+    assert torch.equal(counts, kept)
+    wide = torch.stack([LOAD, LOAD], dim=2)
+    views = [wide[..., 0], LOAD.T.contiguous().T, LOAD.clone().requires_grad_()]
+    for view in views:
+        assert_equal(eplb.rebalance_experts(view, *COUNTS), expected)
+    one = LOAD[:1].expand(3, -1)
+    assert_equal(
+        [x[2] for x in eplb.rebalance_experts(one, *COUNTS)[::2]],
+        [x[0] for x in eplb.rebalance_experts(LOAD, *COUNTS)[::2]],
+    )
+    for mode in (torch.inference_mode, torch.no_grad):
+        with mode():
+            assert_equal(eplb.rebalance_experts(LOAD.clone(), *COUNTS), expected)
+
+
+def test_layers_of_none():
+    maps = eplb.rebalance_experts(torch.zeros(0, 32), *COUNTS)
+    assert [x.shape for x in maps] == [(0, 48), (0, 32, 1), (0, 32)]
+
+
+def test_results_are_the_callers_to_change():
+    load = LOAD.clone()
+    first = eplb.rebalance_experts(load, *COUNTS)
+    kept = [x.clone() for x in first]
+    pack = eplb.balanced_packing(load, 32)  # the identity, which is a constant of the program
+    kept_pack = [x.clone() for x in pack]
+    for x in (*first, *pack):
+        x.fill_(-7)
+    assert torch.equal(load, LOAD)
+    assert_equal(eplb.rebalance_experts(load, *COUNTS), kept)
+    assert_equal(eplb.balanced_packing(load, 32), kept_pack)
+    again = eplb.rebalance_experts(load, *COUNTS)
+    load.fill_(0)
+    assert_equal(again, kept)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: eplb.rebalance_experts(LOAD, 50, 4, 2, 8), ValueError, "nearest: 48, 56"),
+        (lambda: eplb.rebalance_experts(LOAD, *COUNTS, device="tpu:3"), ValueError,
+         "device='tpu:3' is not one that JAX has here; it has: cpu:0"),
+        (lambda: eplb.rebalance_experts(LOAD, *COUNTS, device="cpu:x"), ValueError, "'cpu:x'"),
+        (lambda: eplb.rebalance_experts(LOAD, *COUNTS, strategy="best"), ValueError, "choose one"),
+        (lambda: eplb.rebalance_experts(LOAD.log(), *COUNTS), ValueError,
+         "weight at layer 0, expert 1 is -"),
+        (lambda: eplb.rebalance_experts(LOAD[0], *COUNTS), ValueError, r"got \(32,\)"),
+        (lambda: eplb.rebalance_experts(LOAD.to(torch.complex64), *COUNTS), TypeError,
+         "weight must hold real numbers, got dtype complex64"),
+        (lambda: eplb.rebalance_experts(LOAD.to("meta"), *COUNTS), TypeError,
+         "weight cannot be handed to JAX: it is on the meta device"),
+        (lambda: eplb.balanced_packing(LOAD.tolist(), 8), TypeError,
+         "weight must be a torch.Tensor, got list"),
+        (lambda: eplb.rebalance_experts_hierarchical(LOAD, 48, 1, 2, 8), ValueError,
+         "num_nodes=2 does not divide num_groups=1; nearest: 1"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_named(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
+
+
+def test_devices_are_named_in_any_way():
+    expected = eplb.replicate_experts(LOAD, 48)
+    for device in ("cpu", "cpu:0", torch.device("cpu"), jax.devices()[0]):
+        assert_equal(eplb.replicate_experts(LOAD, 48, device=device), expected)
+    elsewhere = eplb.replicate_experts(LOAD, 48, device=jax.devices()[5])
+    assert_equal(elsewhere, expected)
+
+
+def test_after_preload_nothing_compiles():
+    eplb.preload((5, 32), *COUNTS, strategy="greedy_swap")
+    with jax.no_tracing():
+        for seed in range(3):
+            load = torch.from_numpy(lognormal(5, 32, seed=seed))
+            eplb.rebalance_experts(load, *COUNTS, strategy="greedy_swap", seed=seed)
+            eplb.rebalance_experts(load.long(), *COUNTS, strategy="greedy_swap")
+
+
+def test_threads():
+    loads = [torch.from_numpy(lognormal(3, 32, seed=seed)) for seed in range(8)]
+    expected = [eplb.rebalance_experts(load, *COUNTS) for load in loads]
+    with ThreadPoolExecutor(8) as pool:
+        plans = pool.map(lambda i: eplb.rebalance_experts(loads[i % 8], *COUNTS), range(64))
+    for i, plan in enumerate(plans):
+        assert_equal(plan, expected[i % 8])
+
+
+def resident():
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc")
+def test_ten_thousand_calls_leave_nothing_behind():
+    weight = torch.zeros(4, 16, dtype=torch.int64)
+
+    def plan(times):
+        for _ in range(times):
+            weight.random_(1, 1000)
+            maps = eplb.rebalance_experts(weight, 24, 1, 1, 4, strategy="greedy")
+        return maps
+
+    plan(1000)
+    before = resident()
+    with jax.no_tracing():
+        maps = plan(10_000)
+    assert resident() - before < 4  # MiB; leaking one phy2log a call would be 7
+    assert_equal(maps, torch_oracle.rebalance_experts(weight, 24, 1, 1, 4))
+
+
+def test_torch_compile_breaks_its_graph_there():
+    def caller(load):
+        phy2log, _, logcnt = eplb.rebalance_experts(load * 2, *COUNTS, strategy="greedy")
+        return phy2log + 1, logcnt.float() / eplb.to_torch(eplb.to_jax(logcnt)).sum()
+
+    compiled = torch.compile(caller, backend="eager")
+    for load in (LOAD, LOAD + 1):
+        for ours, eager in zip(compiled(load), caller(load), strict=True):
+            assert torch.equal(ours, eager)
+
+
+def test_importing_starts_nothing():
+    in_a_new_process(
+        "import sys, eplb_torch, eplb_torch.vllm, eplb_torch.sglang\n"
+        "from jax._src import xla_bridge\n"
+        "assert not xla_bridge.backends_are_initialized()\n"
+        "assert 'torch._dynamo' not in sys.modules\n"
+        "import torch; assert not torch.cuda.is_initialized()"
+    )
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_after_a_fork(first):
+    """It works where JAX had not started in the parent, and says so where it had."""
+    start = "eplb_torch.rebalance_experts(load, 12, 1, 1, 4)\n" if first else ""
+    out = in_a_new_process(
+        "import os, warnings, torch, eplb_torch\n"
+        "warnings.simplefilter('ignore')\n"
+        "load = torch.rand(2, 8)\n"
+        f"{start}"
+        "if os.fork() == 0:\n"
+        "    try:\n"
+        "        print(len(eplb_torch.rebalance_experts(load, 12, 1, 1, 4)), flush=True)\n"
+        "    except RuntimeError as error:\n"
+        "        print(error, flush=True)\n"
+        "    os._exit(0)\n"
+        "assert os.wait()[1] == 0\n"
+        "eplb_torch.rebalance_experts(load, 12, 1, 1, 4)\n"
+    )
+    assert ("forked after JAX had started" in out) if first else out == "3\n"
+
+
+@pytest.mark.parametrize("asked", [None, "XLA_CLIENT_MEM_FRACTION"])
+def test_gpu_memory_is_not_reserved_unless_asked_for(asked, monkeypatch):
+    """Where torch has GPUs, JAX's backend starts with XLA_PYTHON_CLIENT_PREALLOCATE=false."""
+    seen = []
+    variable = "XLA_PYTHON_CLIENT_PREALLOCATE"
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(jax, "local_devices", lambda: seen.append(os.environ.get(variable)))
+    monkeypatch.delenv(variable, raising=False)
+    if asked:
+        monkeypatch.setenv(asked, "0.5")
+    backend._start_backend.__wrapped__()
+    assert seen == ([] if asked else ["false"])
+    assert variable not in os.environ
