@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 WORKERS ?= 2
 
-.PHONY: demo test clean
+.PHONY: demo test peers clean
 
 demo: $(VENV)/.cli
 	@mkdir -p demo
@@ -17,6 +17,11 @@ test: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/basedpyright --pythonpath $(BIN)/python
 	$(BIN)/python -m pytest -n $(WORKERS)
+
+# SGLang's plain Python files beside ours, without the packages that it runs on.
+peers: $(VENV)/.test
+	$(BIN)/python -m pip install --quiet --no-deps --target $(VENV)/peers sglang==0.5.23
+	$(BIN)/python -m pytest -m peers
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

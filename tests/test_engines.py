@@ -1,0 +1,208 @@
+"""The contracts of vLLM and SGLang, on stand-ins for them and, marked `peers`, on SGLang itself.
+
+`make peers` installs SGLang's Python files without what they depend on, and runs those.
+"""
+
+import enum
+import sys
+import threading
+import types
+from importlib.metadata import entry_points
+from pathlib import Path
+
+import eplb_torch
+import numpy as np
+import pytest
+import torch
+import torch_oracle
+from eplb_torch import sglang, vllm
+from helpers import lognormal
+
+COUNTS = 48, 4, 2, 8
+LOAD = torch.from_numpy(lognormal(3, 32))
+PEERS = Path(sys.prefix) / "peers"
+
+
+def modules(monkeypatch, **contents):
+    """Modules of these names, and the packages that hold them, for the length of a test."""
+    for name, values in contents.items():
+        parts = name.split("__")
+        for i in range(1, len(parts) + 1):
+            module = types.ModuleType(".".join(parts[:i]))
+            module.__path__ = []
+            monkeypatch.setitem(sys.modules, module.__name__, module)
+            if i > 1:
+                setattr(sys.modules[".".join(parts[: i - 1])], parts[i - 1], module)
+        module.__dict__.update(values)
+    return module
+
+
+class NewContract:
+    @classmethod
+    def rebalance_experts(
+        cls, weight, num_replicas, num_groups, num_nodes, num_ranks, old=None
+    ) -> torch.Tensor:
+        raise NotImplementedError
+
+
+class OldContract:
+    @classmethod
+    def rebalance_experts(
+        cls, weight, num_replicas, num_groups, num_nodes, num_ranks
+    ) -> "tuple[torch.Tensor, torch.Tensor, torch.Tensor]":
+        raise NotImplementedError
+
+
+@pytest.fixture
+def policies(monkeypatch):
+    policies = {"default": NewContract}
+    modules(monkeypatch, vllm__distributed__eplb__policy={"EPLB_POLICIES": policies})
+    monkeypatch.delenv(vllm.VARIABLE, raising=False)
+    return policies
+
+
+def test_vllm_loads_the_plugin_by_its_entry_point(policies, monkeypatch):
+    (plugin,) = (x for x in entry_points(group="vllm.general_plugins") if x.name == "eplb_torch")
+    register = plugin.load()
+    for value in ("", "0"):
+        monkeypatch.setenv(vllm.VARIABLE, value)
+        register()
+        assert policies == {"default": NewContract}
+    monkeypatch.setenv(vllm.VARIABLE, "1")
+    register()
+    assert issubclass(policies["default"], vllm.EplbPolicy)
+    assert list(policies) == ["default"]
+    monkeypatch.setenv(vllm.VARIABLE, "fastest")
+    with pytest.raises(ValueError, match=r"EPLB_TORCH_VLLM=fastest: .* choose one of: auto"):
+        register()
+
+
+def test_vllm_calls_by_position_from_a_thread(policies, monkeypatch):
+    monkeypatch.setenv(vllm.VARIABLE, "1")
+    vllm.register()
+    old = torch.arange(48).expand(3, 48) % 32
+    plans = []
+    thread = threading.Thread(
+        target=lambda: plans.append(policies["default"].rebalance_experts(LOAD, *COUNTS, old))
+    )
+    thread.start()
+    thread.join()
+    (plan,) = plans
+    assert plan.shape == (3, 48)
+    assert plan.dtype == torch.int64
+    assert plan.device.type == "cpu"
+    assert torch.equal(plan, eplb_torch.rebalance_experts(LOAD, *COUNTS)[0])
+    assert torch.equal(plan, vllm.EplbPolicy.rebalance_experts(LOAD, *COUNTS))
+
+
+def test_vllm_of_an_older_release_gets_three_maps(policies):
+    policies["default"] = OldContract
+    vllm.install("greedy")
+    maps = policies["default"].rebalance_experts(LOAD, *COUNTS)
+    expected = torch_oracle.rebalance_experts(LOAD, *COUNTS)
+    assert all(torch.equal(x, y) for x, y in zip(maps, expected, strict=True))
+    vllm.install("greedy")  # what was read off vLLM's own policy is kept
+    assert len(policies["default"].rebalance_experts(LOAD, *COUNTS)) == 3
+
+
+def test_a_subclass_has_options_of_its_own():
+    class Greedy(vllm.EplbPolicy):
+        strategy = "greedy"
+        all_maps = True
+
+    expected = torch_oracle.rebalance_experts(LOAD, *COUNTS)
+    maps = Greedy.rebalance_experts(LOAD, *COUNTS)
+    assert all(torch.equal(x, y) for x, y in zip(maps, expected, strict=True))
+
+
+Algorithm = enum.Enum(
+    "Algorithm", "deepseek deepseek_hierarchical deepseek_vec_hierarchical elasticity_aware"
+)
+
+
+@pytest.mark.parametrize("algorithm", [Algorithm.deepseek, "deepseek_vec"])
+@pytest.mark.parametrize("groups", [None, 4])
+def test_sglang_global(algorithm, groups):
+    counts = torch.randint(0, 2**20, (5, 3, 32), dtype=torch.int32)
+    maps = sglang.rebalance_experts(counts, 48, 6, groups, 2, algorithm)
+    expected = eplb_torch.rebalance_experts(counts.sum(0), 48, 1, 1, 8, policy="global")
+    assert all(torch.equal(x, y) for x, y in zip(maps, expected, strict=True))
+
+
+@pytest.mark.parametrize(
+    "algorithm", [Algorithm.deepseek_vec_hierarchical, "deepseek_hierarchical"]
+)
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float16])
+def test_sglang_hierarchical(algorithm, dtype):
+    steps = (LOAD.expand(9, 3, 32) * 1000).to(dtype)
+    maps = sglang.rebalance_experts(
+        tokens_per_expert=steps,
+        num_physical_experts=48,
+        num_local_physical_experts=6,
+        num_groups=4,
+        num_nodes=2,
+        algorithm=algorithm,
+    )
+    once = eplb_torch.rebalance_experts(steps[0].double() * 9, *COUNTS, policy="hierarchical")
+    assert all(torch.equal(x, y) for x, y in zip(maps, once, strict=True))
+    flat = sglang.rebalance_experts(steps.double().sum(0), 48, 6, 4, 2, algorithm)
+    assert all(torch.equal(x, y) for x, y in zip(flat, once, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((48, 5, 4, 2, "deepseek"), "num_local_physical_experts=5 does not divide"),
+        ((48, 6, None, 2, "deepseek_hierarchical"), "needs num_groups, got None"),
+        ((48, 6, 4, 2, "elasticity_aware"), "'elasticity_aware' is not offered; choose one"),
+        ((48, 6, 4, 2, None), "algorithm=None is not offered"),
+    ],
+)
+def test_sglang_bad_input_is_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        sglang.rebalance_experts(LOAD, *arguments)
+
+
+def test_sglang_install(monkeypatch):
+    def own(*arguments):
+        return "SGLang's own", arguments[-1]
+
+    eplb = modules(monkeypatch, sglang__srt__eplb={})
+    eplb.eplb_algorithms = types.SimpleNamespace(rebalance_experts=own)
+    for _ in range(2):  # the second finds the first in place
+        sglang.install("greedy")
+        call = eplb.eplb_algorithms.rebalance_experts
+        expected = torch_oracle.rebalance_experts(LOAD, *COUNTS)
+        maps = call(LOAD, 48, 6, 4, 2, algorithm=Algorithm.deepseek_hierarchical)
+        assert all(torch.equal(x, y) for x, y in zip(maps, expected, strict=True))
+        down = Algorithm.elasticity_aware
+        assert call(LOAD, 48, 6, 4, 2, down) == ("SGLang's own", down)
+
+
+@pytest.mark.peers
+@pytest.mark.skipif(not PEERS.is_dir(), reason="SGLang is not there: make peers")
+def test_sglangs_own_code_plans_the_same(monkeypatch):
+    for name in ("sglang", "sglang.srt", "sglang.srt.eplb"):  # without what their imports need
+        package = types.ModuleType(name)
+        package.__path__ = [str(PEERS / name.replace(".", "/"))]
+        monkeypatch.setitem(sys.modules, name, package)
+    from sglang.srt.eplb import eplb_algorithms as theirs
+
+    # Distinct primes times all counts of replicas: no quotients tie, and float32 sums, as we and
+    # DeepSeek have them, are as exact as SGLang's float64.
+    primes = [p for p in range(11, 542) if all(p % d for d in range(2, 24))]
+    rng = np.random.default_rng(0)
+    total = torch.from_numpy(2520 * np.stack([rng.permutation(primes)[:64] for _ in range(100)]))
+    steps = torch.stack([total // 3, total - total // 3])
+    own = theirs.rebalance_experts
+    for algorithm in (theirs.EplbAlgorithm.deepseek, theirs.EplbAlgorithm.deepseek_hierarchical):
+        expected = own(steps, 96, 12, 8, 2, algorithm)
+        sglang.install("greedy")
+        assert theirs.rebalance_experts is not own
+        maps = theirs.rebalance_experts(steps, 96, 12, 8, 2, algorithm)
+        for ours, other in zip(maps, expected, strict=True):
+            assert ours.dtype == other.dtype
+        assert torch.equal(maps[0], expected[0])
+        assert torch.equal(maps[2], expected[2])
+        # Replicas of one expert tie, and torch's sort, which is not stable, orders them at will.
+        assert torch.equal(maps[1].sort().values, expected[1].sort().values)
