@@ -7,6 +7,8 @@ plan, and `loads` reads measured loads. The axes are named in `eplb_jax.types`.
 
 from eplb_jax import loads as loads
 from eplb_jax import metrics as metrics
+from eplb_jax.packing.bounds import packing_bound as packing_bound
+from eplb_jax.packing.bounds import plan_bound as plan_bound
 from eplb_jax.packing.search import balanced_packing as balanced_packing
 from eplb_jax.packing.strategy import STRATEGIES as STRATEGIES
 from eplb_jax.packing.strategy import Strategy as Strategy

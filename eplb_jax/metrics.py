@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from eplb_jax.packing.bounds import plan_bound
 from eplb_jax.types import Placement
 from eplb_jax.validation import LoadLike, as_count, as_load, check_divides
 
@@ -59,6 +60,23 @@ def balance(load: LoadLike, placement: Placement, num_gpus: int) -> Balance:
     num_gpus = as_count("num_gpus", num_gpus)
     check_divides("num_gpus", num_gpus, "number of slots", placement.phy2log.shape[1])
     return _balance(array, placement, num_gpus=num_gpus)
+
+
+def gap(load: LoadLike, placement: Placement, num_gpus: int) -> Float[Array, " L"]:
+    """How far the heaviest GPU of every layer is, at most, from that of the best plan.
+
+    Heaviest GPU / `plan_bound` - 1: no plan of as many slots is better by more. Zero for a
+    layer without load. Arguments and errors are those of `balance`.
+
+    Example:
+        >>> import eplb_jax
+        >>> plan = eplb_jax.rebalance_experts([[100, 200]], 2, 1, 1, 2)
+        >>> gap([[100, 200]], plan, 2).tolist()
+        [0.0]
+    """
+    heaviest = jnp.max(balance(load, placement, num_gpus).gpu_load, axis=1)
+    bound = plan_bound(load, placement.phy2log.shape[1], num_gpus)
+    return jnp.where(bound > 0, heaviest / jnp.where(bound > 0, bound, 1), 1) - 1
 
 
 @partial(jax.jit, static_argnames="num_gpus")
