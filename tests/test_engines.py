@@ -163,6 +163,11 @@ def test_sglang_bad_input_is_named(arguments, message):
         sglang.rebalance_experts(LOAD, *arguments)
 
 
+def test_sglang_refuses_complex_loads():
+    with pytest.raises(TypeError, match="must hold real numbers, got dtype complex64"):
+        sglang.rebalance_experts(torch.ones(2, 3, 32).to(torch.complex64), 48, 6, 4, 2, "deepseek")
+
+
 def test_sglang_install(monkeypatch):
     def own(*arguments):
         return "SGLang's own", arguments[-1]

@@ -169,10 +169,27 @@ def test_a_copy_is_a_copy():
     np.testing.assert_array_equal(array, np.zeros(64))
 
 
+@pytest.mark.parametrize("by_dlpack", [True, False])
+def test_what_is_not_shared_is_copied_before_the_call_returns(by_dlpack, monkeypatch):
+    if not by_dlpack:
+
+        def refuse(*args, **kwargs):
+            raise AssertionError("Torch not compiled with CUDA enabled")
+
+        monkeypatch.setattr(jnp, "from_dlpack", refuse)
+    for _ in range(3):
+        tensor = torch.zeros(2**22 + 16)[by_dlpack:]  # not aligned for JAX, or aligned
+        array = to_jax(tensor)
+        tensor.fill_(1)
+        assert not np.asarray(array).any()
+
+
 def test_like_says_where():
     array = jnp.arange(3)
     assert to_torch(array, torch.zeros(1)).device == torch.device("cpu")
     assert to_torch(array, torch.device("meta")).is_meta
+    to_torch(array, "cpu").fill_(-1)
+    np.testing.assert_array_equal(array, [0, 1, 2])
     assert to_torch(array, torch.zeros(1, device="meta"), copy=False).is_meta
 
 
@@ -192,6 +209,21 @@ def fake():
         return torch.ones(3)
 
 
+def opaque():
+    """A wrapper that says nothing of what it wraps."""
+
+    class Opaque(torch.Tensor):
+        @staticmethod
+        def __new__(cls):
+            return torch.Tensor._make_wrapper_subclass(cls, (3,))
+
+        @classmethod
+        def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+            raise NotImplementedError
+
+    return Opaque()
+
+
 def two(kind):
     parts = [torch.ones(2), torch.ones(3)]
     if kind == "nested":
@@ -204,7 +236,8 @@ def two(kind):
     ("make", "message"),
     [
         (lambda: torch.ones(3, device="meta"), "meta device and holds no values"),
-        (fake, "fake tensor and holds no values"),
+        (fake, "is a FakeTensor, which holds no values"),
+        (opaque, "is a Opaque, which holds no values"),
         (lambda: two("sparse"), r"layout is torch.sparse_coo; use to_dense\(\)"),
         (lambda: torch.ones(2, 2).to_mkldnn(), r"use to_dense\(\)"),
         (lambda: two("nested"), "NestedTensor"),
@@ -217,6 +250,11 @@ def two(kind):
 def test_what_cannot_be_handed_over_is_refused(make, message):
     with pytest.raises(TypeError, match=message):
         to_jax(make())
+
+
+def test_inside_torch_func():
+    with pytest.raises(TypeError, match=r"no memory to read, as inside torch\.func"):
+        torch.vmap(lambda t: to_torch(to_jax(t)))(torch.ones(2, 3))
 
 
 def test_arrays_that_cannot_become_tensors():

@@ -226,7 +226,8 @@ def test_devices_are_named_in_any_way():
 
 
 def test_after_preload_nothing_compiles():
-    eplb.preload((5, 32), *COUNTS, strategy="greedy_swap")
+    with torch.device("meta"):  # as while a model is put together
+        eplb.preload((5, 32), *COUNTS, strategy="greedy_swap")
     with jax.no_tracing():
         for seed in range(3):
             load = torch.from_numpy(lognormal(5, 32, seed=seed))
@@ -287,18 +288,26 @@ def test_importing_starts_nothing():
     )
 
 
+def test_without_a_cpu_jax_uses_its_default_device(monkeypatch):
+    """As with JAX_PLATFORMS=cuda."""
+    monkeypatch.setattr(backend, "find_device", lambda platform, index: None)
+    assert backend.compute_device(None) == jax.local_devices()[0]
+
+
 @pytest.mark.parametrize("first", [False, True])
 def test_after_a_fork(first):
     """It works where JAX had not started in the parent, and says so where it had."""
     start = "eplb_torch.rebalance_experts(load, 12, 1, 1, 4)\n" if first else ""
     out = in_a_new_process(
-        "import os, warnings, torch, eplb_torch\n"
+        "import os, warnings, jax, torch, eplb_torch\n"
         "warnings.simplefilter('ignore')\n"
         "load = torch.rand(2, 8)\n"
         f"{start}"
+        f"device = {'jax.devices()[0]' if first else None}\n"
         "if os.fork() == 0:\n"
         "    try:\n"
-        "        print(len(eplb_torch.rebalance_experts(load, 12, 1, 1, 4)), flush=True)\n"
+        "        maps = eplb_torch.rebalance_experts(load, 12, 1, 1, 4, device=device)\n"
+        "        print(len(maps), flush=True)\n"
         "    except RuntimeError as error:\n"
         "        print(error, flush=True)\n"
         "    os._exit(0)\n"

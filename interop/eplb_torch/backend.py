@@ -1,5 +1,6 @@
 """The JAX device that plans are computed on, and how JAX's backend starts beside torch."""
 
+import contextlib
 import functools
 import os
 from collections.abc import Callable
@@ -7,7 +8,6 @@ from typing import ParamSpec, TypeVar
 
 import jax
 import torch
-from jax._src.xla_bridge import backends_are_initialized  # no public function says so
 
 _GPU_MEMORY_IS_SET_BY = (
     "XLA_PYTHON_CLIENT_PREALLOCATE",
@@ -24,22 +24,28 @@ _lost_in_fork = False
 
 def _after_fork() -> None:
     global _lost_in_fork
-    _lost_in_fork = backends_are_initialized()
+    with contextlib.suppress(ImportError):
+        from jax._src.xla_bridge import backends_are_initialized  # no public function says so
+
+        _lost_in_fork = backends_are_initialized()
 
 
 os.register_at_fork(after_in_child=_after_fork)
 
 
 def compute_device(device: "str | torch.device | jax.Device | None") -> jax.Device:
-    """The JAX device that is meant; None is the CPU.
+    """The JAX device that is meant; None is the CPU, or JAX's default device if it has no CPU.
 
     Raises:
         RuntimeError: As `find_device`.
         ValueError: JAX has no such device.
     """
+    _check_fork()
     if isinstance(device, jax.Device):
         return device
-    platform, _, index = str(device or "cpu").partition(":")
+    if device is None:
+        return find_device("cpu", 0) or jax.local_devices()[0]
+    platform, _, index = str(device).partition(":")
     found = find_device(platform, int(index or 0)) if index.isdigit() or not index else None
     if found is None:
         known = ", ".join(f"{d.platform}:{d.local_hardware_id or 0}" for d in jax.local_devices())
@@ -53,11 +59,7 @@ def find_device(platform: str, index: int) -> jax.Device | None:
     Raises:
         RuntimeError: The process was forked from one in which JAX's backend ran already.
     """
-    if _lost_in_fork:
-        raise RuntimeError(
-            "this process was forked after JAX had started in its parent, so that a JAX call would "
-            "never return; start workers by 'spawn', or call JAX in the parent only after forking"
-        )
+    _check_fork()
     _start_backend()
     if platform == "cuda" and torch.version.hip:
         platform = "rocm"
@@ -68,6 +70,14 @@ def find_device(platform: str, index: int) -> jax.Device | None:
     if platform == "cpu":
         return devices[0] if index == 0 else None
     return next((d for d in devices if d.local_hardware_id == index), None)
+
+
+def _check_fork() -> None:
+    if _lost_in_fork:
+        raise RuntimeError(
+            "this process was forked after JAX had started in its parent, so that a JAX call would "
+            "never return; start workers by 'spawn', or call JAX in the parent only after forking"
+        )
 
 
 @functools.cache

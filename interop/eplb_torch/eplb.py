@@ -117,7 +117,7 @@ def rebalance_experts_hierarchical(
     Example:
         >>> load = torch.tensor([[90, 30, 20, 10]])
         >>> rebalance_experts_hierarchical(load, 6, 1, 1, 3)[:2]
-        (tensor([[0, 1, 0, 2, 0, 3]]), tensor([[0, 0, 1, 0, 2, 0]]))
+        (tensor([[0, 1, 0, 2, 0, 3]]), tensor([[0, 0, 2, 0, 1, 0]]))
     """
     counts = num_physical_experts, num_groups, num_nodes, num_gpus
     phy2log, rank, logcnt = _plan(weight, counts, "hierarchical", strategy, seed, device)
@@ -188,9 +188,9 @@ def preload(
 ) -> None:
     """Compile `rebalance_experts` for loads of this shape, so that no later call has to wait.
 
-    What is compiled serves any dtype, values and seed, any thread, and the calls of
-    `eplb_torch.vllm` and `eplb_torch.sglang` with these arguments, until the process ends. Another
-    shape, count, strategy, policy or device is another compilation.
+    What is compiled serves any dtype, values, seed and thread, and the calls of `eplb_torch.vllm`
+    and `eplb_torch.sglang` with these arguments, until the process ends. Another shape, count,
+    strategy, policy or device is another compilation, and so is another JAX configuration (x64).
 
     Args:
         shape: (L, E) of the loads to come.
@@ -206,7 +206,7 @@ def preload(
         >>> preload((1, 4), 6, 1, 1, 3)
     """
     counts = num_replicas, num_groups, num_nodes, num_gpus
-    idle = torch.zeros(tuple(shape))
+    idle = torch.zeros(tuple(shape), device="cpu")
     for seed in (0, 1):  # a seed other than 0 hands over a random key
         rebalance_experts(idle, *counts, strategy=strategy, policy=policy, seed=seed, device=device)
 

@@ -7,12 +7,11 @@ import jax.core
 import jax.numpy as jnp
 import numpy as np
 import torch
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from eplb_torch.backend import find_device, untraced
 
 _BITS = {1: torch.int8, 2: torch.int16}
-_UNSUPPORTED_BY_DLPACK = BufferError, RuntimeError, TypeError, ValueError
+_UNSUPPORTED_BY_DLPACK = AssertionError, BufferError, RuntimeError, TypeError, ValueError
 
 
 @untraced
@@ -44,21 +43,23 @@ def to_jax(tensor: torch.Tensor, *, copy: bool = False) -> jax.Array:
     if device is None:
         plain, device = plain.cpu(), find_device("cpu", 0)
     plain = plain.contiguous()
-    if copy and plain.data_ptr() == tensor.data_ptr():
-        plain = plain.clone()
+    pinned = plain.is_cpu and plain.is_pinned()  # JAX would take it for memory of a GPU
+    if pinned or (copy and plain.data_ptr() == tensor.data_ptr()):
+        plain = plain.clone(memory_format=torch.contiguous_format)
+    # What JAX copies it copies later, unless waited for: the caller may write to the tensor then.
     with contextlib.suppress(*_UNSUPPORTED_BY_DLPACK):
-        return jnp.from_dlpack(plain)
-    return jax.device_put(_as_numpy(plain.cpu()), device, may_alias=False)
+        return jax.block_until_ready(jnp.from_dlpack(plain))
+    return jax.block_until_ready(jax.device_put(np.array(_as_numpy(plain.cpu())), device))
 
 
 def load_for(device: jax.Device, weight: torch.Tensor) -> np.ndarray | jax.Array:
-    """Loads for a computation on a JAX device: a NumPy view of what comes from or goes to a CPU.
+    """Loads for a computation on a JAX device; on a CPU, a NumPy view of them.
 
     `eplb_jax` makes NumPy's numbers float32 before JAX sees them, so that no count wraps, and a
     view costs a tenth of a DLPack import.
     """
     plain = _plain(weight, "weight")
-    if plain.is_cpu or device.platform == "cpu":
+    if device.platform == "cpu":
         return _as_numpy(plain.cpu())
     if plain.is_complex():
         raise TypeError(f"weight must hold real numbers, got dtype {plain.dtype}")
@@ -72,7 +73,7 @@ def map_for(weight: torch.Tensor, array: jax.Array) -> torch.Tensor:
     starts no threads as torch does for large tensors, which go on spinning beside JAX's.
     """
     if next(iter(array.devices())).platform != "cpu":
-        return to_torch(array, weight, copy=False).to(torch.int64)
+        return to_torch(array, weight).to(torch.int64)
     return torch.from_numpy(np.array(array, np.int64)).to(weight.device)
 
 
@@ -91,16 +92,22 @@ def _plain(tensor: torch.Tensor, name: str) -> torch.Tensor:
         reason = f"its layout is {tensor.layout}; use to_dense()"
     if reason:
         raise TypeError(f"{name} cannot be handed to JAX: {reason}")
+    try:
+        tensor.data_ptr()
+    except RuntimeError as error:
+        raise TypeError(f"{name} has no memory to read, as inside torch.func: {error}") from error
     return tensor.detach().resolve_conj().resolve_neg()
 
 
 def _without_subclass(tensor: torch.Tensor, name: str) -> torch.Tensor:
     if not isinstance(tensor, torch.Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
-    if {kind.__name__ for kind in type(tensor).__mro__} & {"FakeTensor", "FunctionalTensor"}:
-        raise TypeError(f"{name} is a fake tensor and holds no values; call outside of tracing")
-    if is_traceable_wrapper_subclass(tensor):
-        raise TypeError(f"{name} is a {type(tensor).__name__}; hand over the tensor that it wraps")
+    dispatches = getattr(type(tensor), "__torch_dispatch__", None)
+    if dispatches is not getattr(torch.Tensor, "__torch_dispatch__", None):
+        kind = type(tensor).__name__
+        raise TypeError(
+            f"{name} is a {kind}, which holds no values of its own; hand over a plain tensor"
+        )
     return tensor.detach().as_subclass(torch.Tensor)
 
 
@@ -134,7 +141,7 @@ def _as_numpy(tensor: torch.Tensor) -> np.ndarray:
 
 @untraced
 def to_torch(
-    array: jax.Array, like: torch.Tensor | torch.device | None = None, *, copy: bool = True
+    array: jax.Array, like: torch.Tensor | torch.device | str | None = None, *, copy: bool = True
 ) -> torch.Tensor:
     """A tensor of what the array holds.
 
@@ -162,12 +169,13 @@ def to_torch(
     if jnp.issubdtype(array.dtype, jax.dtypes.extended):
         raise TypeError(f"torch has no {array.dtype}; for a random key use jax.random.key_data")
     device = like.device if isinstance(like, torch.Tensor) else like
-    tensor = _shared(jax.block_until_ready(array))
-    if tensor is None:
-        tensor, copy = _from_numpy(np.array(array)), False
-    if device is not None and device != tensor.device:
-        return tensor.to(device)
-    return tensor.clone() if copy else tensor
+    shared = _shared(jax.block_until_ready(array))
+    if shared is None:
+        return _from_numpy(np.array(array)).to(device)
+    tensor = shared.to(shared.device if device is None else device, copy=copy)
+    if shared.is_cuda and tensor is not shared:
+        torch.cuda.current_stream(shared.device).synchronize()  # JAX may use its memory again
+    return tensor
 
 
 def _shared(array: jax.Array) -> torch.Tensor | None:

@@ -55,7 +55,7 @@ def rebalance_experts(
     replicas = as_count("num_physical_experts", num_physical_experts)
     check_divides("num_local_physical_experts", slots, "num_physical_experts", replicas)
     load = tokens_per_expert
-    if isinstance(load, torch.Tensor) and load.ndim == 3:
+    if isinstance(load, torch.Tensor) and load.ndim == 3 and not load.is_complex():
         load = load.sum(dim=0, dtype=torch.float64 if load.is_floating_point() else torch.int64)
     return eplb_torch.eplb.rebalance_experts(
         load,
