@@ -8,11 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int32, Key
 
-from eplb_jax.packing.distinct import separate
 from eplb_jax.packing.search import check_size, packs
 from eplb_jax.packing.strategy import Strategy, resolve
 from eplb_jax.placement import counted, place
-from eplb_jax.replication import replicate
+from eplb_jax.replication import replicate, together
 from eplb_jax.types import Placement, Replication
 from eplb_jax.validation import (
     LoadLike,
@@ -46,9 +45,11 @@ def rebalance_experts(
     wants it: it packs groups to nodes, gives every node the same number of spares, and packs
     replicas to the GPUs of their node. The global policy knows neither groups nor nodes.
 
-    No GPU holds an expert twice where exchanges can avoid it, and a layer without load has its
-    spares spread over distinct experts and evenly over GPUs. ``strategy="greedy"`` promises
-    neither: its plan is DeepSeek's, slot for slot, ties going to the lowest index.
+    No GPU holds an expert twice where exchanges can avoid it; an expert gets at most as many
+    replicas as there are GPUs for it, unless GPUs have more slots than there are experts. A layer
+    without load has its spares spread over distinct experts and evenly over GPUs.
+    ``strategy="greedy"`` promises neither: its plan is DeepSeek's, slot for slot, ties going to
+    the lowest index.
     Deterministic: the same input gives the same plan, bit for bit. Inside `jax.jit`, NaN and
     negative loads count as zero and infinite ones as the largest float32.
 
@@ -75,7 +76,7 @@ def rebalance_experts(
     Example:
         >>> plan = rebalance_experts([[90, 30, 20, 10]], 6, 1, 1, 3)
         >>> plan.phy2log.tolist(), plan.logcnt.tolist()
-        ([[0, 1, 0, 2, 0, 3]], [[3, 1, 1, 1]])
+        ([[0, 2, 0, 3, 0, 1]], [[3, 1, 1, 1]])
 
     References:
         DeepSeek-AI, EPLB (github.com/deepseek-ai/EPLB): the function of this name.
@@ -184,17 +185,16 @@ def _within_node(
 ) -> _Replicas:
     """Replicate experts and pack the replicas to GPUs; nodes do not see each other."""
     num_experts = load.shape[1]
-    replication = replicate(load, num_replicas)
-    per_replica = jnp.take_along_axis(
-        load / replication.logcnt.astype(jnp.float32), replication.phy2log, axis=1
-    )
-    slots = packs(per_replica, num_gpus, strategy, key)
-    if strategy.distinct and 1 < num_gpus < num_replicas:
-        spares = num_replicas - num_experts
-        slots = jax.vmap(separate, (0, 0, 0, None))(slots, per_replica, replication.phy2log, spares)
+    # More replicas than GPUs would put an expert twice on one and serve it no better.
+    enough = num_replicas <= num_experts * num_gpus
+    replication = replicate(load, num_replicas, num_gpus if strategy.distinct and enough else None)
+    phy2log, rank, logcnt = together(replication) if strategy.distinct else replication
+    per_replica = jnp.take_along_axis(load / logcnt.astype(jnp.float32), phy2log, axis=1)
+    labels = phy2log + num_experts * (rank // num_gpus) if strategy.distinct else None
+    slots = packs(per_replica, num_gpus, strategy, key, labels, num_replicas - num_experts)
     slots = slots.reshape(load.shape[0], num_replicas)
-    expert = jnp.take_along_axis(replication.phy2log, slots, axis=1)
-    rank = jnp.take_along_axis(replication.rank, slots, axis=1)
+    expert = jnp.take_along_axis(phy2log, slots, axis=1)
+    rank = jnp.take_along_axis(rank, slots, axis=1)
     if not strategy.distinct:
         return _Replicas(expert, rank)
     idle = jnp.all(load == 0, axis=1, keepdims=True)

@@ -55,8 +55,10 @@ def _replicate_experts(weight: Float[Array, "L E"], *, num_phy: int) -> Replicat
     return replicate(jnp.where(idle, 1, load), num_phy)
 
 
-def replicate(load: Float[Array, "L E"], num_phy: int) -> Replication:
+def replicate(load: Float[Array, "L E"], num_phy: int, most: int | None = None) -> Replication:
     """`replicate_experts` as DeepSeek has it: the spares of a layer without load to expert 0.
+
+    With `most`, which must leave room for all, no expert gets more replicas than that.
 
     The spares go to the largest of all quotients load / k, k = 1, 2, ... An expert that j others
     exceed gets at most every (j + 1)-th spare, as each of those gets at least as many; so
@@ -64,7 +66,8 @@ def replicate(load: Float[Array, "L E"], num_phy: int) -> Replication:
     """
     num_experts = load.shape[1]
     spares = num_phy - num_experts
-    share = [spares // (j + 1) for j in range(min(num_experts, spares))]
+    least = num_phy if most is None else most - 1
+    share = [min(spares // (j + 1), least) for j in range(min(num_experts, spares))]
     place = np.repeat(np.arange(len(share)), share)
     copies = np.concatenate([np.arange(1, s + 1) for s in share] or [np.empty(0)])
 
@@ -82,3 +85,15 @@ def replicate(load: Float[Array, "L E"], num_phy: int) -> Replication:
         jnp.concatenate([jnp.zeros_like(once), rank], axis=1),
         counted(phy2log, num_experts),
     )
+
+
+def together(replication: Replication) -> Replication:
+    """The same replicas, those of one expert next to each other."""
+    phy2log, rank, logcnt = replication
+
+    def by_expert(phy2log: Array, rank: Array, logcnt: Array) -> tuple[Array, Array]:
+        place = (jnp.cumsum(logcnt, dtype=jnp.int32) - logcnt)[phy2log] + rank
+        empty = jnp.zeros_like(phy2log)
+        return empty.at[place].set(phy2log), empty.at[place].set(rank)
+
+    return Replication(*jax.vmap(by_expert)(phy2log, rank, logcnt), logcnt)

@@ -9,7 +9,7 @@ import jax.core
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, Int32, Key
 from numpy.typing import ArrayLike
 
 LoadLike = ArrayLike | Array
@@ -45,6 +45,26 @@ def as_load(
             "loads must be finite and not negative"
         )
     return load
+
+
+def as_labels(value: ArrayLike | Array, shape: tuple[int, ...]) -> Int32[Array, "L n"]:
+    """An int32 array of labels; which numbers they are means nothing, only which are equal.
+
+    Raises:
+        TypeError: They are not whole numbers.
+        ValueError: The shape is another, or a number does not fit in 32 bits.
+    """
+    array = value if isinstance(value, jax.Array) else _to_numpy(value, "labels")
+    if not jnp.issubdtype(array.dtype, np.integer):
+        raise TypeError(f"labels must be whole numbers, got dtype {array.dtype}")
+    if array.shape != shape:
+        raise ValueError(f"labels must have the shape of the weights, {shape}, got {array.shape}")
+    if isinstance(array, np.ndarray) and array.size:
+        limits = np.iinfo(np.int32)
+        if array.min() < limits.min or array.max() > limits.max:
+            worst = array.max() if array.max() > limits.max else array.min()
+            raise ValueError(f"labels must fit in 32 bits, got {worst}; nearest: {limits.max}")
+    return jnp.asarray(array, jnp.int32)
 
 
 def _to_numpy(value: LoadLike, name: str) -> np.ndarray:

@@ -13,5 +13,8 @@ from jaxtyping import install_import_hook
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 # The public functions are left out: they take anything, and say what is wrong with it themselves.
-CORE = "lanes", "orders", "objective", "construction", "refinement", "distinct"
+CORE = [
+    *("lanes", "orders", "objective", "construction", "starts"),
+    *("refinement", "exchange", "distinct"),
+]
 install_import_hook([f"eplb_jax.packing.{name}" for name in CORE], "beartype.beartype")

@@ -90,7 +90,7 @@ def plan_bound(load: LoadLike, num_replicas: int, num_gpus: int) -> Float[Array,
     """A load that the heaviest GPU of no plan stays below, whatever replicas it gives to whom.
 
     The mean, or the largest load per replica where spares go, one by one, to the expert of most
-    load per replica, which no other counts undercut.
+    load per replica, which no other counts undercut. Without spares it is `packing_bound`.
 
     Args:
         load: [L, E] loads in any unit.
@@ -120,5 +120,7 @@ def plan_bound(load: LoadLike, num_replicas: int, num_gpus: int) -> Float[Array,
 def _plan_bound(
     load: Float[Array, "L E"], *, num_replicas: int, num_gpus: int
 ) -> Float[Array, " L"]:
+    if num_replicas == load.shape[1]:
+        return _packing_bound(load, num_packs=num_gpus)
     counts = replicate(load, num_replicas).logcnt.astype(load.dtype)
     return jnp.maximum(jnp.sum(load, axis=1) / num_gpus, jnp.max(load / counts, axis=1))

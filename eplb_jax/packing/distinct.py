@@ -10,6 +10,16 @@ from jaxtyping import Array, Float, Int32
 from eplb_jax.packing.lanes import LOAD_BITS, first_equal, fixed_point
 
 
+def repeats_in(label: Int32[Array, "m c *K"]) -> Int32[Array, "*K"]:
+    """How many items have the label of another in their pack that stands before them."""
+    capacity = label.shape[1]
+    count = jnp.zeros(label.shape[2:], jnp.int32)
+    for shift in range(1, capacity):
+        again = label[:, shift:] == label[:, :-shift]
+        count += jnp.sum(again, axis=(0, 1), dtype=jnp.int32)
+    return count
+
+
 class _Slots(NamedTuple):
     """Carry of `separate`: the item in every slot, its label and its weight."""
 

@@ -8,6 +8,7 @@ low ones, so that a single integer minimum or sort finds both, ties going to the
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int32
 
@@ -139,3 +140,21 @@ def pick(x: Array, index: Int32[Array, "..."]) -> Array:
 def first_equal(x: Array, value: jax.Array) -> Int32[Array, "*K"]:
     """The first row where a lane equals `value`: two plain reductions, faster than argmin."""
     return jnp.min(jnp.where(x == value, rows(x.shape[0], x), x.shape[0] - 1), axis=0)
+
+
+def ranks(value: Int32[Array, " m"]) -> Int32[Array, " m"]:
+    """The rank of every value, largest first, the lower index first among equals."""
+    earlier = np.tri(value.shape[0], k=-1, dtype=bool)
+    before = (value > value[:, None]) | ((value == value[:, None]) & earlier)
+    return jnp.sum(before, axis=1, dtype=jnp.int32)
+
+
+def falling(value: Int32[Array, " m"]) -> Int32[Array, " m"]:
+    """The indices by falling value, the lower index first among equals."""
+    return where_equal(jnp.arange(value.shape[0], dtype=jnp.int32), ranks(value))
+
+
+def where_equal(wanted: Int32[Array, " k"], among: Int32[Array, " m"]) -> Int32[Array, " k"]:
+    """Where every wanted number stands among distinct ones."""
+    index = jnp.arange(among.shape[0], dtype=jnp.int32)
+    return jnp.sum(jnp.where(wanted[:, None] == among, index, 0), axis=1, dtype=jnp.int32)

@@ -1,13 +1,14 @@
 """From a packing to a better one.
 
 A refinement is a frozen value that is called with the items of every pack, candidates as
-trailing lanes; the weights of the items, heaviest first; and a key. It returns contents whose
-heaviest pack is no heavier. It never knows which strategy called it.
+trailing lanes; the weights of the items, heaviest first; a key; and, for some, labels of the
+items. It returns contents whose heaviest pack is no heavier. It never knows which strategy
+called it.
 """
 
 from dataclasses import dataclass
 from functools import reduce
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -32,12 +33,22 @@ from eplb_jax.packing.orders import NoisyLpt
 
 @runtime_checkable
 class Refinement(Protocol):
-    """What a strategy asks of a refinement."""
+    """What a strategy asks of a refinement.
+
+    Attributes:
+        keeps_labels: Whether it keeps items with one label in distinct packs.
+    """
+
+    keeps_labels: ClassVar[bool]
 
     def __call__(
-        self, contents: Int32[Array, "m c *K"], weight: Float[Array, " n"], key: Key[Array, ""]
+        self,
+        contents: Int32[Array, "m c *K"],
+        weight: Float[Array, " n"],
+        key: Key[Array, ""],
+        label: Int32[Array, " n"] | None = None,
     ) -> Int32[Array, "m c *K"]:
-        """Return packings that are no worse."""
+        """Return packings that are no worse, or have fewer repeats of a label."""
         ...
 
 
@@ -76,12 +87,17 @@ class Swap:
     heavy: int = 1
     light: int | None = 1
     pairs: bool = False
+    keeps_labels: ClassVar[bool] = False
 
     def __call__(
-        self, contents: Int32[Array, "m c *K"], weight: Float[Array, " n"], key: Key[Array, ""]
+        self,
+        contents: Int32[Array, "m c *K"],
+        weight: Float[Array, " n"],
+        key: Key[Array, ""],
+        label: Int32[Array, " n"] | None = None,
     ) -> Int32[Array, "m c *K"]:
         """Refine every lane."""
-        del key
+        del key, label
         _, capacity, *lanes = contents.shape
         units = fixed_point(weight, capacity, LOAD_BITS)
         start = _Packs(contents.reshape(-1, *lanes), loads_of(units, contents))
@@ -215,11 +231,17 @@ class Rebuild:
     low: float = 1.0
     high: float = 1.0
     third: bool = False
+    keeps_labels: ClassVar[bool] = False
 
     def __call__(
-        self, contents: Int32[Array, "m c *K"], weight: Float[Array, " n"], key: Key[Array, ""]
+        self,
+        contents: Int32[Array, "m c *K"],
+        weight: Float[Array, " n"],
+        key: Key[Array, ""],
+        label: Int32[Array, " n"] | None = None,
     ) -> Int32[Array, "m c *K"]:
         """Refine every lane."""
+        del label
         if contents.ndim > 2:
             return jax.vmap(self, (-1, None, None), -1)(contents, weight, key)
         num_packs, capacity = contents.shape

@@ -9,9 +9,12 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int32, Key, Num
+from numpy.typing import ArrayLike
 
+from eplb_jax.packing.distinct import repeats_in, separate
 from eplb_jax.packing.lanes import (
     LOAD_BITS,
     MAX_ITEMS,
@@ -28,6 +31,7 @@ from eplb_jax.validation import (
     LoadLike,
     as_count,
     as_key,
+    as_labels,
     as_load,
     check_divides,
     fixed_if_none,
@@ -45,6 +49,7 @@ def balanced_packing(
     *,
     strategy: str | Strategy = "auto",
     key: Key[Array, ""] | None = None,
+    labels: ArrayLike | Array | None = None,
 ) -> Packing:
     """Pack n weighted items of every layer into packs of n / num_packs items, loads even.
 
@@ -58,6 +63,9 @@ def balanced_packing(
         num_packs: How many packs; divides n.
         strategy: A name from `eplb_jax.STRATEGIES` or a `Strategy`.
         key: Where the strategy draws at random. None: a fixed key.
+        labels: [L, n] whole numbers. Items of a layer with one label, such as replicas of one
+            expert, go to distinct packs where exchanges can bring that about; of more than
+            num_packs with one label, as few as possible meet.
 
     Returns:
         The pack of every item, and its place there, each int32 [L, n].
@@ -65,12 +73,12 @@ def balanced_packing(
     Raises:
         TypeError: An argument is of the wrong kind.
         ValueError: num_packs does not divide n, the strategy is not known, `weight` is not
-            [L, n], or a weight is NaN, infinite or negative.
+            [L, n], labels have another shape, or a weight is NaN, infinite or negative.
 
     Example:
         >>> packing = balanced_packing([[8, 1, 6, 3, 5, 4]], 3)
         >>> packing.pack_index.tolist(), packing.rank_in_pack.tolist()
-        ([[0, 0, 1, 1, 2, 2]], [[0, 1, 0, 1, 0, 1]])
+        ([[1, 1, 0, 0, 2, 2]], [[0, 1, 0, 1, 0, 1]])
 
     References:
         DeepSeek-AI, EPLB (github.com/deepseek-ai/EPLB): the function of this name.
@@ -78,7 +86,9 @@ def balanced_packing(
     load = as_load(weight, "weight", ("layer", "item"))
     num_packs = as_count("num_packs", num_packs)
     check_size(load.shape[1], num_packs)
-    return _balanced_packing(load, as_key(key), num_packs=num_packs, strategy=resolve(strategy))
+    marks = None if labels is None else as_labels(labels, load.shape)
+    options = {"num_packs": num_packs, "strategy": resolve(strategy)}
+    return _balanced_packing(load, as_key(key), marks, **options)
 
 
 def check_size(num_items: int, num_packs: int) -> None:
@@ -90,18 +100,48 @@ def check_size(num_items: int, num_packs: int) -> None:
 
 @partial(jax.jit, static_argnames=("num_packs", "strategy"))
 def _balanced_packing(
-    weight: Float[Array, "L n"], key: Key[Array, ""] | None, *, num_packs: int, strategy: Strategy
+    weight: Float[Array, "L n"],
+    key: Key[Array, ""] | None,
+    labels: Int32[Array, "L n"] | None,
+    *,
+    num_packs: int,
+    strategy: Strategy,
 ) -> Packing:
-    contents = packs(sanitised(weight), num_packs, strategy, fixed_if_none(key))
+    load, pack_key = sanitised(weight), fixed_if_none(key)
+    if labels is None:
+        contents = packs(load, num_packs, strategy, pack_key)
+    else:
+        labels = jax.vmap(lambda x: _at_most(num_packs, x))(labels)
+        together = jnp.argsort(labels, axis=1, stable=True).astype(jnp.int32)
+        load, labels = (jnp.take_along_axis(x, together, axis=1) for x in (load, labels))
+        contents = jax.vmap(take_rows)(together, packs(load, num_packs, strategy, pack_key, labels))
     capacity = contents.shape[2]
     slot = jax.vmap(inverse)(contents.reshape(weight.shape))
     return Packing(slot // capacity, slot % capacity)
 
 
+def _at_most(count: int, label: Int32[Array, " n"]) -> Int32[Array, " n"]:
+    """Labels that say which of the same items are the same, but for no more than `count` each."""
+    n = label.shape[0]
+    same = label[:, None] == label
+    first = jnp.argmax(same, axis=1).astype(jnp.int32)
+    earlier = jnp.sum(same & np.tri(n, k=-1, dtype=bool), axis=1, dtype=jnp.int32)
+    return first + n * (earlier // count)
+
+
 def packs(
-    weight: Float[Array, "L n"], num_packs: int, strategy: Strategy, key: Key[Array, ""]
+    weight: Float[Array, "L n"],
+    num_packs: int,
+    strategy: Strategy,
+    key: Key[Array, ""],
+    labels: Int32[Array, "L n"] | None = None,
+    repeats: int | None = None,
 ) -> Int32[Array, "L m c"]:
-    """The items of every pack of every layer."""
+    """The items of every pack of every layer.
+
+    Items with one of the `labels` follow each other and are num_packs at most; `repeats` items at
+    most, n if not given, have the label of an earlier one.
+    """
     num_layers, n = weight.shape
     if n == num_packs:
         identity = jnp.arange(n, dtype=jnp.int32)[:, None]
@@ -109,13 +149,28 @@ def packs(
     draw_key, refine_key = jax.random.split(key)
     drawn = _draw(strategy, draw_key, n)
 
-    def layer(weight: Float[Array, " n"]) -> Int32[Array, "m c"]:
-        order = jnp.argsort(-weight, stable=True).astype(jnp.int32)
+    def layer(
+        weight: Float[Array, " n"], order: Int32[Array, " n"], label: Int32[Array, " n"] | None
+    ) -> Int32[Array, "m c"]:
         if num_packs == 1:
             return order[None]
-        return take_rows(order, search(weight[order], num_packs, strategy, drawn, refine_key))
+        falling = weight[order], None if label is None else label[order]
+        contents = search(*falling, num_packs, strategy, drawn, refine_key)
+        contents = take_rows(order, contents)
+        if label is None or _keeps_labels(strategy):
+            return contents
+        return separate(contents, weight, label, n if repeats is None else repeats)
 
-    return jax.vmap(layer)(normalised(weight))
+    weight = normalised(weight)
+    if _keeps_labels(strategy):  # nearly falls, which does for exchanges: a fifteenth of the time
+        order = falling_order(weight.T).T
+    else:
+        order = jnp.argsort(-weight, axis=1, stable=True).astype(jnp.int32)
+    return jax.vmap(layer)(weight, order, labels)
+
+
+def _keeps_labels(strategy: Strategy) -> bool:
+    return strategy.refinement is not None and strategy.refinement.keeps_labels
 
 
 class _Drawn(NamedTuple):
@@ -138,6 +193,7 @@ def _draw(strategy: Strategy, key: Key[Array, ""], num_items: int) -> _Drawn:
 
 def search(
     weight: Float[Array, " n"],
+    label: Int32[Array, " n"] | None,
     num_packs: int,
     strategy: Strategy,
     drawn: _Drawn,
@@ -150,12 +206,31 @@ def search(
     else:
         orders = _orders(weight, drawn)
     contents = strategy.construction(weight, orders, num_packs).contents
+    if label is not None and _keeps_labels(strategy):
+        contents = _uncrowded(contents, label)
     if strategy.refinement is not None:
-        contents = strategy.refinement(contents, weight, key)
+        contents = strategy.refinement(contents, weight, key, label)
     if strategy.keep == 1:
         return contents[..., 0]
     units = fixed_point(weight, contents.shape[1], LOAD_BITS)
-    return contents[..., best(strategy.objective(loads_of(units, contents)), 1)[0]]
+    scores = strategy.objective(loads_of(units, contents))
+    if label is not None:
+        scores = (repeats_in(label[contents]), *scores)
+    return contents[..., best(scores, 1)[0]]
+
+
+def _uncrowded(
+    contents: Int32[Array, "m c *K"], label: Int32[Array, " n"]
+) -> Int32[Array, "m c *K"]:
+    """Packings with few repeats; in place of others, the items dealt out to the packs in turn.
+
+    Items with one label have one weight and follow each other, so that dealing parts them. Where
+    most experts have replicas on most GPUs, exchanges could not part them all.
+    """
+    num_packs, capacity, *lanes = contents.shape
+    dealt = jnp.arange(num_packs * capacity, dtype=jnp.int32).reshape(capacity, num_packs).T
+    dealt = dealt.reshape(num_packs, capacity, *[1] * len(lanes))
+    return jnp.where(repeats_in(label[contents]) > num_packs // 4, dealt, contents)
 
 
 def _orders(weight: Float[Array, " n"], drawn: _Drawn) -> Int32[Array, "n K"]:
