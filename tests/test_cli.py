@@ -78,8 +78,8 @@ def test_the_seed_decides(load, tmp_path):
         ),
         (["--replicas", 8, "--gpus", 8], "num_replicas=8 is less than 12; nearest: 16"),
         (
-            [*COUNTS, "--strategy", "best"],
-            "strategy='best' is not known; choose one of: auto, greedy",
+            [*COUNTS, "--strategy", "fastest"],
+            "strategy='fastest' is not known; choose one of: auto, fast",
         ),
         ([*COUNTS, "--policy", "local"], "policy='local' is not known; choose one of"),
         ([*COUNTS, "-o", "/no/such/folder/plan.json"], "the folder /no/such/folder does not exist"),

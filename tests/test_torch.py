@@ -104,8 +104,9 @@ def test_greedy_on_measured_counts():
 
 @pytest.mark.parametrize("policy", ["global", "hierarchical"])
 def test_a_plan_is_the_plan_of_eplb_jax(policy):
-    phy2log, log2phy, logcnt = eplb.rebalance_experts(LOAD, *COUNTS, policy=policy, seed=3)
-    plan = eplb_jax.rebalance_experts(LOAD.numpy(), *COUNTS, policy=policy, key=jax.random.key(3))
+    options = {"policy": policy, "strategy": "restarts"}
+    phy2log, log2phy, logcnt = eplb.rebalance_experts(LOAD, *COUNTS, **options, seed=3)
+    plan = eplb_jax.rebalance_experts(LOAD.numpy(), *COUNTS, **options, key=jax.random.key(3))
     np.testing.assert_array_equal(phy2log, plan.phy2log)
     np.testing.assert_array_equal(logcnt, plan.logcnt)
     most = log2phy.shape[2]
@@ -113,10 +114,9 @@ def test_a_plan_is_the_plan_of_eplb_jax(policy):
     np.testing.assert_array_equal(log2phy, plan.log2phy[:, :, :most])
     for tensor in (phy2log, log2phy, logcnt):
         assert tensor.is_contiguous()
-    default = eplb.rebalance_experts(LOAD, *COUNTS, policy=policy)
+    default = eplb.rebalance_experts(LOAD, *COUNTS, **options)
     assert not torch.equal(phy2log, default[0])
-    named = eplb.rebalance_experts(LOAD, *COUNTS, policy=policy, strategy="auto", seed=0)
-    assert_equal(named, default)
+    assert_equal(eplb.rebalance_experts(LOAD, *COUNTS, **options, seed=0), default)
 
 
 def test_better_than_the_greedy():
@@ -198,7 +198,7 @@ def test_results_are_the_callers_to_change():
         (lambda: eplb.rebalance_experts(LOAD, *COUNTS, device="tpu:3"), ValueError,
          "device='tpu:3' is not one that JAX has here; it has: cpu:0"),
         (lambda: eplb.rebalance_experts(LOAD, *COUNTS, device="cpu:x"), ValueError, "'cpu:x'"),
-        (lambda: eplb.rebalance_experts(LOAD, *COUNTS, strategy="best"), ValueError, "choose one"),
+        (lambda: eplb.rebalance_experts(LOAD, *COUNTS, strategy="x"), ValueError, "choose one"),
         (lambda: eplb.rebalance_experts(LOAD.log(), *COUNTS), ValueError,
          "weight at layer 0, expert 1 is -"),
         (lambda: eplb.rebalance_experts(LOAD[0], *COUNTS), ValueError, r"got \(32,\)"),
