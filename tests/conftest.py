@@ -5,7 +5,9 @@ import os
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "")
     + " --xla_force_host_platform_device_count=8"
-    + " --xla_backend_optimization_level=0"  # most of the time of these tests is compilation
+    # Most of the time of these tests is compilation; test_quality.py compiles as users do.
+    + " --xla_backend_optimization_level=0"
+    + " --xla_cpu_use_fusion_emitters=false"
 )
 
 import jax
