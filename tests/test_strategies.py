@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 import eplb_jax
 from eplb_jax import STRATEGIES, Strategy, balanced_packing
 from eplb_jax.packing import search
-from eplb_jax.packing.exchange import Portfolio
+from eplb_jax.packing.exchange import Columns, Pairs, Peak, Portfolio
 from eplb_jax.packing.orders import Lpt, RampedLpt, Zigzag
 from eplb_jax.packing.refinement import Rebuild
 
@@ -257,6 +257,14 @@ def test_items_with_one_label_go_to_distinct_packs(name):
     assert np.all(met >= 6)  # ten in four packs
     if name == "auto":
         assert np.all(met == 6)
+
+
+@pytest.mark.parametrize("refinement", [Columns(4), Pairs(4), Peak(4)], ids=str)
+def test_each_exchange_alone_is_a_refinement_of_any_strategy(refinement):
+    strategy = Strategy((Lpt(), Zigzag()), keep=2, refinement=refinement)
+    weight, labels = lognormal(5, 24), np.tile(np.repeat(np.arange(8), 3), (5, 1))
+    for marks in (None, labels):
+        assert_feasible(balanced_packing(weight, 4, strategy=strategy, labels=marks), 4)
 
 
 def test_bad_labels_are_named():

@@ -11,7 +11,7 @@ from eplb_jax.packing.lanes import LOAD_BITS, first_equal, fixed_point
 
 
 def repeats_in(label: Int32[Array, "m c *K"]) -> Int32[Array, "*K"]:
-    """How many items have the label of another in their pack that stands before them."""
+    """How many pairs of items in one pack share a label."""
     capacity = label.shape[1]
     count = jnp.zeros(label.shape[2:], jnp.int32)
     for shift in range(1, capacity):

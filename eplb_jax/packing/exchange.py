@@ -66,8 +66,31 @@ def _repeats(label: Int32[Array, "c m"]) -> Bool[Array, "c m"]:
     return jnp.any((label[:, None] == label) & earlier, axis=1)
 
 
+class _Exchanges:
+    """A refinement as a function of the state."""
+
+    keeps_labels: ClassVar[bool] = True
+
+    def improve(self, state: _State, key: Key[Array, ""], *, labelled: bool) -> _State:
+        """The state of one packing after all steps; without labels every item has its own."""
+        raise NotImplementedError
+
+    def __call__(
+        self,
+        contents: Int32[Array, "m c *K"],
+        weight: Float[Array, " n"],
+        key: Key[Array, ""],
+        label: Int32[Array, " n"] | None = None,
+    ) -> Int32[Array, "m c *K"]:
+        """Refine every lane."""
+        if contents.ndim > 2:
+            return jax.vmap(self, (-1, None, None, None), -1)(contents, weight, key, label)
+        state = _state(contents, weight, label)
+        return self.improve(state, key, labelled=label is not None).item.T
+
+
 @dataclass(frozen=True)
-class Columns:
+class Columns(_Exchanges):
     """`steps` times: take a block of items out of every pack and deal the blocks out anew.
 
     A block is a stretch of h places from a random one on, h = 1 to c / 2 in turn. The heaviest
@@ -77,16 +100,12 @@ class Columns:
     """
 
     steps: int
+    keeps_labels: ClassVar[bool] = False
 
-    def __call__(
-        self,
-        contents: Int32[Array, "m c"],
-        weight: Float[Array, " n"],
-        key: Key[Array, ""],
-        label: Int32[Array, " n"] | None = None,
-    ) -> Int32[Array, "m c"]:
-        """Refine one packing."""
-        num_packs, capacity = contents.shape
+    def improve(self, state: _State, key: Key[Array, ""], *, labelled: bool) -> _State:
+        """Deal out blocks."""
+        del labelled
+        capacity, num_packs = state.value.shape
         offsets = jax.random.randint(key, (self.steps, num_packs), 0, capacity, jnp.int32)
         largest = max(capacity // 2, 1)
         place = jnp.arange(capacity, dtype=jnp.int32)[:, None]
@@ -105,11 +124,11 @@ class Columns:
                 state = dealt(i, state, height)
             return state
 
-        return lax.fori_loop(0, self.steps // largest, step, _state(contents, weight, label)).item.T
+        return lax.fori_loop(0, self.steps // largest, step, state)
 
 
 @dataclass(frozen=True)
-class Pairs:
+class Pairs(_Exchanges):
     """`rounds` times: pair all packs, and make the best exchange in every pair at once.
 
     The packs are ranked by load and paired by a schedule that changes from round to round: on
@@ -123,22 +142,16 @@ class Pairs:
     rounds: int
     two: bool = True
 
-    def __call__(
-        self,
-        contents: Int32[Array, "m c"],
-        weight: Float[Array, " n"],
-        key: Key[Array, ""],
-        label: Int32[Array, " n"] | None = None,
-    ) -> Int32[Array, "m c"]:
-        """Refine one packing."""
+    def improve(self, state: _State, key: Key[Array, ""], *, labelled: bool) -> _State:
+        """Exchange in all pairs."""
         del key
-        table = jnp.asarray(schedule(contents.shape[0], self.rounds))
+        table = jnp.asarray(schedule(state.value.shape[1], self.rounds))
 
         def round_of(i: Array | int, state: _State) -> _State:
             state = state.columns(take_rows(falling(_loads(state.value)), table[i]))
-            return _exchanged(state, self.two, label is not None)
+            return _exchanged(state, self.two, labelled)
 
-        return lax.fori_loop(0, self.rounds, round_of, _state(contents, weight, label)).item.T
+        return lax.fori_loop(0, self.rounds, round_of, state)
 
 
 def schedule(num_packs: int, rounds: int) -> np.ndarray:
@@ -257,7 +270,7 @@ def _less_apart(one: _Exchange, other: _Exchange) -> _Exchange:
 
 
 @dataclass(frozen=True)
-class Peak:
+class Peak(_Exchanges):
     """`steps` times: the exchange of the heaviest pack with any other that lightens it most.
 
     Closes the cases where the largest item bounds the heaviest pack and only the smallest items,
@@ -267,17 +280,10 @@ class Peak:
 
     steps: int
 
-    def __call__(
-        self,
-        contents: Int32[Array, "m c"],
-        weight: Float[Array, " n"],
-        key: Key[Array, ""],
-        label: Int32[Array, " n"] | None = None,
-    ) -> Int32[Array, "m c"]:
-        """Refine one packing."""
-        del key
-        start = _state(contents, weight, label)
-        return lax.fori_loop(0, self.steps, _lighten, start).item.T
+    def improve(self, state: _State, key: Key[Array, ""], *, labelled: bool) -> _State:
+        """Lighten the heaviest pack."""
+        del key, labelled
+        return lax.fori_loop(0, self.steps, _lighten, state)
 
 
 def _lighten(i: Array | int, state: _State) -> _State:
@@ -317,7 +323,7 @@ def _lighten(i: Array | int, state: _State) -> _State:
 
 
 @dataclass(frozen=True)
-class Portfolio:
+class Portfolio(_Exchanges):
     """What each shape of packs gains most from, in as many steps as are given.
 
     ======  ====================================================================================
@@ -334,20 +340,13 @@ class Portfolio:
     columns: int
     rounds: int
     peaks: int
-    keeps_labels: ClassVar[bool] = True
 
-    def __call__(
-        self,
-        contents: Int32[Array, "m c *K"],
-        weight: Float[Array, " n"],
-        key: Key[Array, ""],
-        label: Int32[Array, " n"] | None = None,
-    ) -> Int32[Array, "m c *K"]:
-        """Refine every lane."""
-        if contents.ndim > 2:
-            return jax.vmap(self, (-1, None, None, None), -1)(contents, weight, key, label)
-        capacity = contents.shape[1]
+    def improve(self, state: _State, key: Key[Array, ""], *, labelled: bool) -> _State:
+        """Take the steps of this shape."""
+        capacity = state.value.shape[0]
+        parts: list[_Exchanges] = [Pairs(self.rounds, 4 <= capacity <= 16), Peak(self.peaks)]
         if 3 <= capacity <= 5:
-            contents = Columns(self.columns)(contents, weight, key, label)
-        contents = Pairs(self.rounds, 4 <= capacity <= 16)(contents, weight, key, label)
-        return Peak(self.peaks)(contents, weight, key, label)
+            parts.insert(0, Columns(self.columns))
+        for part in parts:
+            state = part.improve(state, key, labelled=labelled)
+        return state

@@ -142,7 +142,4 @@ def best_start(
     """The optimum where there are few packings, else the better of differencing and greedy."""
     if ways(weight.shape[0], num_packs) <= MOST_WAYS:
         return exhaustive(weight, order, num_packs)
-    return _DIFFERENCING_OR_GREEDY(weight, order, num_packs)
-
-
-_DIFFERENCING_OR_GREEDY = BestOf((differencing, quantised_greedy))
+    return BestOf((differencing, quantised_greedy))(weight, order, num_packs)
