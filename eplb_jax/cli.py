@@ -19,7 +19,7 @@ from eplb_jax import loads
 from eplb_jax.metrics import Balance, balance, evenness, gap
 from eplb_jax.packing.strategy import STRATEGIES
 from eplb_jax.placement import check_placement
-from eplb_jax.rebalance import POLICIES, Policy, rebalance_experts
+from eplb_jax.rebalance import POLICIES, Policy, rebalance_experts, resolve_policy
 from eplb_jax.types import Placement
 
 try:
@@ -95,6 +95,13 @@ def plan(
         check_placement(placement)
         before, after = _unplanned(counts, gpus), balance(counts, placement, gpus)
         _print_table(counts.shape, before, after, gap(counts, placement, gpus))
+        used = resolve_policy(cast(Policy, policy), groups, nodes)
+        if used != policy:
+            parted = "divide" if used == "hierarchical" else "do not divide"
+            console = Console()
+            console.print(
+                f"policy: {used}, as {nodes} nodes {parted} {groups} groups", highlight=False
+            )
         _print_times(first - again, again)
         if output is not None:
             described = {
@@ -104,7 +111,7 @@ def plan(
                 "num_groups": groups,
                 "num_nodes": nodes,
                 "num_gpus": gpus,
-                "policy": policy,
+                "policy": used,
                 "strategy": strategy,
                 "seed": seed,
                 "balancedness": round(float(after.mean_balancedness), 6),

@@ -8,10 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int32, Key
 
+from eplb_jax.packing.distinct import repeats_in
+from eplb_jax.packing.lanes import LOAD_BITS, fixed_point, loads_of
+from eplb_jax.packing.objective import best
 from eplb_jax.packing.search import check_size, packs
 from eplb_jax.packing.strategy import Strategy, resolve
 from eplb_jax.placement import counted, place
-from eplb_jax.replication import replicate, together
+from eplb_jax.replication import listed, replicate
 from eplb_jax.types import Placement, Replication
 from eplb_jax.validation import (
     LoadLike,
@@ -21,6 +24,7 @@ from eplb_jax.validation import (
     check_divides,
     check_multiple,
     fixed_if_none,
+    relative,
     sanitised,
 )
 
@@ -109,6 +113,17 @@ def place_replicas(
     return _place_replicas(load, as_key(key), topology=topology, strategy=resolve(strategy))
 
 
+def resolve_policy(
+    policy: Policy, num_groups: int, num_nodes: int
+) -> Literal["global", "hierarchical"]:
+    """The policy that "auto" stands for: hierarchical exactly when num_nodes divides num_groups."""
+    if policy not in POLICIES:
+        raise ValueError(f"policy={policy!r} is not known; choose one of: {', '.join(POLICIES)}")
+    if policy == "auto":
+        return "global" if num_groups % num_nodes else "hierarchical"
+    return policy
+
+
 class _Topology(NamedTuple):
     """Checked counts; one group and one node under the global policy."""
 
@@ -119,19 +134,22 @@ class _Topology(NamedTuple):
 
 
 def _topology(
-    num_experts: int, num_replicas: int, num_groups: int, num_nodes: int, num_gpus: int, policy: str
+    num_experts: int,
+    num_replicas: int,
+    num_groups: int,
+    num_nodes: int,
+    num_gpus: int,
+    policy: Policy,
 ) -> _Topology:
     num_replicas = as_count("num_replicas", num_replicas)
     num_groups = as_count("num_groups", num_groups)
     num_nodes = as_count("num_nodes", num_nodes)
     num_gpus = as_count("num_gpus", num_gpus)
-    if policy not in POLICIES:
-        raise ValueError(f"policy={policy!r} is not known; choose one of: {', '.join(POLICIES)}")
     check_multiple("num_replicas", num_replicas, "num_gpus", num_gpus, least=num_experts)
-    if policy == "global" or (policy == "auto" and num_groups % num_nodes):
+    if resolve_policy(policy, num_groups, num_nodes) == "global":
         num_groups = num_nodes = 1
     check_divides("num_groups", num_groups, "number of experts", num_experts)
-    check_divides("num_nodes", num_nodes, "num_groups", num_groups)
+    check_divides("num_nodes", num_nodes, "num_groups", num_groups, otherwise='policy="global"')
     check_divides("num_nodes", num_nodes, "num_gpus", num_gpus)
     check_size(num_replicas // num_nodes, num_gpus // num_nodes)
     return _Topology(num_replicas, num_groups, num_nodes, num_gpus)
@@ -147,6 +165,8 @@ def _place_replicas(
 ) -> Replication:
     num_replicas, num_groups, num_nodes, num_gpus = topology
     load = sanitised(weight)
+    if strategy.distinct:
+        load = relative(load)
     num_layers, num_experts = load.shape
     group_key, gpu_key = jax.random.split(fixed_if_none(key))
 
@@ -185,21 +205,59 @@ def _within_node(
 ) -> _Replicas:
     """Replicate experts and pack the replicas to GPUs; nodes do not see each other."""
     num_experts = load.shape[1]
-    # More replicas than GPUs would put an expert twice on one and serve it no better.
-    enough = num_replicas <= num_experts * num_gpus
-    replication = replicate(load, num_replicas, num_gpus if strategy.distinct and enough else None)
-    phy2log, rank, logcnt = together(replication) if strategy.distinct else replication
-    per_replica = jnp.take_along_axis(load / logcnt.astype(jnp.float32), phy2log, axis=1)
-    labels = phy2log + num_experts * (rank // num_gpus) if strategy.distinct else None
-    slots = packs(per_replica, num_gpus, strategy, key, labels, num_replicas - num_experts)
-    slots = slots.reshape(load.shape[0], num_replicas)
-    expert = jnp.take_along_axis(phy2log, slots, axis=1)
-    rank = jnp.take_along_axis(rank, slots, axis=1)
     if not strategy.distinct:
-        return _Replicas(expert, rank)
+        return _packed(load, replicate(load, num_replicas), num_gpus, strategy, key)
+    # More replicas than GPUs would put an expert twice on one and serve it no better.
+    most = num_gpus if num_replicas <= num_experts * num_gpus else None
+    if strategy.counts is None:
+        counts = replicate(load, num_replicas, most).logcnt[:, None]
+    else:
+        counts = strategy.counts.candidates(load, num_replicas, num_gpus, most)
+    choices = counts.shape[1]
+    loads = jnp.repeat(load, choices, axis=0)
+    replication = listed(counts.reshape(loads.shape), num_replicas)
+    replicas = _packed(loads, replication, num_gpus, strategy, key)
+    if choices > 1:
+        per_replica = loads / replication.logcnt.astype(jnp.float32)
+        replicas = _best(replicas, per_replica, choices, num_gpus)
     idle = jnp.all(load == 0, axis=1, keepdims=True)
     idle_expert, idle_rank = _idle_replicas(num_experts, num_replicas, num_gpus)
-    return _Replicas(jnp.where(idle, idle_expert, expert), jnp.where(idle, idle_rank, rank))
+    return _Replicas(
+        jnp.where(idle, idle_expert, replicas.expert), jnp.where(idle, idle_rank, replicas.rank)
+    )
+
+
+def _packed(
+    load: Float[Array, "L E"],
+    replication: Replication,
+    num_gpus: int,
+    strategy: Strategy,
+    key: Key[Array, ""],
+) -> _Replicas:
+    """These replicas on GPUs."""
+    expert, rank, logcnt = replication
+    num_experts, num_replicas = load.shape[1], expert.shape[1]
+    weight = jnp.take_along_axis(load / logcnt.astype(jnp.float32), expert, axis=1)
+    labels = expert + num_experts * (rank // num_gpus) if strategy.distinct else None
+    slots = packs(weight, num_gpus, strategy, key, labels, num_replicas - num_experts)
+    slots = slots.reshape(expert.shape)
+    return _Replicas(*(jnp.take_along_axis(x, slots, axis=1) for x in (expert, rank)))
+
+
+def _best(
+    replicas: _Replicas, per_replica: Float[Array, "_ E"], choices: int, num_gpus: int
+) -> _Replicas:
+    """Of every `choices` rows that with fewest repeats, then with the lightest heaviest GPU."""
+    count, num_slots = replicas.expert.shape
+    on_gpu = replicas.expert.reshape(count, num_gpus, num_slots // num_gpus)
+    units = jax.vmap(lambda x: fixed_point(x, on_gpu.shape[2], LOAD_BITS))(per_replica)
+    heaviest = jnp.max(jax.vmap(loads_of)(units, on_gpu), axis=1)
+    repeats = jax.vmap(repeats_in)(on_gpu)
+    first = jax.vmap(lambda *scores: best(scores, 1)[0])
+    choice = first(*(x.reshape(count // choices, choices) for x in (repeats, heaviest)))
+    row = jnp.arange(count // choices, dtype=jnp.int32) * choices + choice
+
+    return _Replicas(replicas.expert[row], replicas.rank[row])
 
 
 def _idle_replicas(

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int32
 
 from eplb_jax.placement import counted
 from eplb_jax.types import Replication
@@ -55,10 +55,13 @@ def _replicate_experts(weight: Float[Array, "L E"], *, num_phy: int) -> Replicat
     return replicate(jnp.where(idle, 1, load), num_phy)
 
 
-def replicate(load: Float[Array, "L E"], num_phy: int, most: int | None = None) -> Replication:
+def replicate(
+    load: Float[Array, "L E"], num_phy: int, most: int | None = None, offset: float = 0
+) -> Replication:
     """`replicate_experts` as DeepSeek has it: the spares of a layer without load to expert 0.
 
-    With `most`, which must leave room for all, no expert gets more replicas than that.
+    With `most`, which must leave room for all, no expert gets more replicas than that. `offset` is
+    added to counts before loads are divided by them.
 
     The spares go to the largest of all quotients load / k, k = 1, 2, ... An expert that j others
     exceed gets at most every (j + 1)-th spare, as each of those gets at least as many; so
@@ -73,7 +76,7 @@ def replicate(load: Float[Array, "L E"], num_phy: int, most: int | None = None) 
 
     by_load = jnp.argsort(-load, axis=1, stable=True).astype(jnp.int32)
     expert = by_load[:, place]
-    quotient = jnp.take_along_axis(load, expert, axis=1) / jnp.asarray(copies, jnp.float32)
+    quotient = jnp.take_along_axis(load, expert, axis=1) / jnp.asarray(copies + offset, jnp.float32)
     rank = jnp.broadcast_to(jnp.asarray(copies, jnp.int32), expert.shape)
     _, expert, rank = lax.sort((-quotient, expert, rank), num_keys=3)
     expert, rank = expert[:, :spares], rank[:, :spares]
@@ -87,13 +90,11 @@ def replicate(load: Float[Array, "L E"], num_phy: int, most: int | None = None) 
     )
 
 
-def together(replication: Replication) -> Replication:
-    """The same replicas, those of one expert next to each other."""
-    phy2log, rank, logcnt = replication
-
-    def by_expert(phy2log: Array, rank: Array, logcnt: Array) -> tuple[Array, Array]:
-        place = (jnp.cumsum(logcnt, dtype=jnp.int32) - logcnt)[phy2log] + rank
-        empty = jnp.zeros_like(phy2log)
-        return empty.at[place].set(phy2log), empty.at[place].set(rank)
-
-    return Replication(*jax.vmap(by_expert)(phy2log, rank, logcnt), logcnt)
+def listed(logcnt: Int32[Array, "L E"], num_phy: int) -> Replication:
+    """Replicas in these numbers, those of one expert next to each other."""
+    first = jnp.cumsum(logcnt, axis=1, dtype=jnp.int32) - logcnt
+    expert = jnp.arange(logcnt.shape[1], dtype=jnp.int32)
+    slot = jnp.arange(num_phy, dtype=jnp.int32)
+    repeat = lambda counts: jnp.repeat(expert, counts, total_repeat_length=num_phy)  # noqa: E731
+    phy2log = jax.vmap(repeat)(logcnt)
+    return Replication(phy2log, slot - jnp.take_along_axis(first, phy2log, axis=1), logcnt)

@@ -103,6 +103,12 @@ def normalised(load: Float[Array, "L E"]) -> Float[Array, "L E"]:
     return load / jnp.where(power > 0, power, 1)
 
 
+def relative(load: Float[Array, "L E"]) -> Float[Array, "L E"]:
+    """Every layer divided by its largest load: the same whatever the unit."""
+    largest = jnp.max(load, axis=-1, keepdims=True, initial=0)
+    return load / jnp.where(largest > 0, largest, 1)
+
+
 def as_count(name: str, value: SupportsIndex) -> int:
     """A whole number of at least 1."""
     try:
@@ -114,14 +120,15 @@ def as_count(name: str, value: SupportsIndex) -> int:
     return count
 
 
-def check_divides(name: str, value: int, total_name: str, total: int) -> None:
-    """`value` must divide `total`; the error names the nearest numbers that do."""
+def check_divides(
+    name: str, value: int, total_name: str, total: int, otherwise: str | None = None
+) -> None:
+    """`value` must divide `total`; the error names the nearest numbers that do, or another way."""
     if total % value:
         below = next(d for d in range(min(value, total), 0, -1) if total % d == 0)
         above = next((d for d in range(value, total + 1) if total % d == 0), None)
-        raise ValueError(
-            f"{name}={value} does not divide {total_name}={total}; nearest: {_either(below, above)}"
-        )
+        nearest = _either(below, above) + (f", or {otherwise}" if otherwise else "")
+        raise ValueError(f"{name}={value} does not divide {total_name}={total}; nearest: {nearest}")
 
 
 def check_multiple(name: str, value: int, unit_name: str, unit: int, least: int = 1) -> None:

@@ -110,6 +110,8 @@ def test_plans_scale_and_follow_their_layers():
     load = lognormal(6, 32)
     plan = rebalance_experts(load, 48, 4, 2, 8)
     assert_same(rebalance_experts(load * 2.0**30, 48, 4, 2, 8), plan)
+    counts = np.round(load * 1000)
+    assert_same(rebalance_experts(counts * 37, 48, 4, 2, 8), rebalance_experts(counts, 48, 4, 2, 8))
     order = np.random.default_rng(0).permutation(6)
     assert_same(rebalance_experts(load[order], 48, 4, 2, 8), [np.asarray(x)[order] for x in plan])
 

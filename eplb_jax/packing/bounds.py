@@ -20,6 +20,7 @@ References:
 """
 
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -86,11 +87,27 @@ def _bound_of_layer(weight: Float[Array, " n"], num_packs: int) -> Float[Array, 
     return lax.fori_loop(0, capacity, with_prefix, prefix[-1] / m)
 
 
+_HALVINGS = 20
+_A_LITTLE_LESS = 1 - 1e-6
+"""Rounding must not add a replica: the bound would be too high."""
+
+
+class _Between(NamedTuple):
+    """The test fails below, and passes above."""
+
+    below: Float[Array, ""]
+    above: Float[Array, ""]
+
+
 def plan_bound(load: LoadLike, num_replicas: int, num_gpus: int) -> Float[Array, " L"]:
     """A load that the heaviest GPU of no plan stays below, whatever replicas it gives to whom.
 
-    The mean, or the largest load per replica where spares go, one by one, to the expert of most
-    load per replica, which no other counts undercut. Without spares it is `packing_bound`.
+    With spares it is the least T that passes this test. In a plan whose heaviest GPU carries T,
+    no replica is above T - f, where f is the least that the other c - 1 of its GPU can weigh. So
+    an expert of load w has at least ceil(w / (T - f)) replicas; there must be slots enough. The s
+    slots left over could all be its own, so that none of its replicas is below
+    w / (ceil(w / (T - f)) + s), and the `packing_bound` of such light replicas must not exceed T.
+    Such replicas for f = 0 say what f is. Without spares it is `packing_bound`.
 
     Args:
         load: [L, E] loads in any unit.
@@ -122,5 +139,38 @@ def _plan_bound(
 ) -> Float[Array, " L"]:
     if num_replicas == load.shape[1]:
         return _packing_bound(load, num_packs=num_gpus)
-    counts = replicate(load, num_replicas).logcnt.astype(load.dtype)
-    return jnp.maximum(jnp.sum(load, axis=1) / num_gpus, jnp.max(load / counts, axis=1))
+    return jax.vmap(lambda x: _plan_bound_of_layer(x, num_replicas, num_gpus))(load)
+
+
+def _plan_bound_of_layer(
+    load: Float[Array, " E"], num_replicas: int, num_gpus: int
+) -> Float[Array, ""]:
+    counts = replicate(load[None], num_replicas).logcnt[0]
+    mean = jnp.sum(load) / num_gpus
+    below = jnp.maximum(mean, jnp.max(load / counts.astype(load.dtype)))
+
+    def lightest(limit: Float[Array, ""]) -> tuple[Float[Array, " R"], Array]:
+        """Replicas lighter than those of any plan that has none above a limit; if there is one."""
+        least = jnp.ceil(load / jnp.where(limit > 0, limit, jnp.inf) * _A_LITTLE_LESS)
+        least = jnp.maximum(least, 1).astype(jnp.int32)
+        over = num_replicas - jnp.sum(least)
+        share = load / (least + jnp.maximum(over, 0)).astype(load.dtype)
+        replicas = jnp.repeat(share, least, total_repeat_length=num_replicas)
+        spare = jnp.arange(num_replicas, dtype=jnp.int32) >= num_replicas - over
+        return jnp.where(spare, jnp.min(share), replicas), (over >= 0) & (limit > 0)
+
+    def possible(heaviest: Float[Array, ""]) -> Array:
+        replicas, _ = lightest(heaviest)
+        others = jnp.sum(jnp.sort(replicas)[: num_replicas // num_gpus - 1])
+        replicas, enough = lightest(heaviest - others)
+        return enough & (_bound_of_layer(replicas, num_gpus) <= heaviest)
+
+    def halve(_: Array | int, between: _Between) -> _Between:
+        middle = (between.below + between.above) / 2
+        passed = possible(middle)
+        return _Between(
+            jnp.where(passed, between.below, middle), jnp.where(passed, middle, between.above)
+        )
+
+    end = lax.fori_loop(0, _HALVINGS, halve, _Between(below, 2 * below))
+    return jnp.where(possible(below * (1 + 1e-6)), below, end.below)

@@ -32,6 +32,9 @@ BITS = 27
 """For the load of a pack: two of `_NEVER` and twice a difference of loads fit in an int32."""
 
 _NEVER = 1 << 29
+_MOST_REPEATS = 7
+"""More are not told apart: this many and a load fit in an int32."""
+
 _ANYTHING = 1 << 28
 """More than any difference of two packs, less than what a `_NEVER` leaves."""
 
@@ -124,7 +127,7 @@ class Columns(_Exchanges):
                 state = dealt(i, state, height)
             return state
 
-        return lax.fori_loop(0, self.steps // largest, step, state)
+        return lax.fori_loop(0, self.steps // largest, step, state) if self.steps else state
 
 
 @dataclass(frozen=True)
@@ -322,19 +325,29 @@ def _lighten(i: Array | int, state: _State) -> _State:
     return jax.tree.map(exchange, state)
 
 
+_MORE_ROUNDS = {3: 4, 4: 8, 5: 4, 6: 3, 7: 3, 8: 2}
+"""A pair of small packs has few exchanges, which are quickly looked at and rarely fit."""
+
+
 @dataclass(frozen=True)
 class Portfolio(_Exchanges):
-    """What each shape of packs gains most from, in as many steps as are given.
+    """What each shape of packs gains most from.
 
-    ======  ====================================================================================
+    ======  ==================================================================================
     c       steps
-    ======  ====================================================================================
-    2       `Pairs` of one for one, `Peak`: only repeats, as `differencing` is optimal
-    3       `Columns`, `Pairs` of one for one (two for two is one for one of the others), `Peak`
-    4, 5    `Columns`, `Pairs` with two for two, `Peak`
-    6-16    `Pairs` with two for two, `Peak`
-    more    `Pairs` of one for one, `Peak`
-    ======  ====================================================================================
+    ======  ==================================================================================
+    2       `rounds` of `Pairs`, one for one: for repeats only, as `differencing` is optimal
+    3       `columns` of `Columns`; four times `rounds`, one for one, as two for two is one for
+            one of the third items
+    4       half of `columns`; eight times `rounds`, two for two
+    5       a quarter of `columns`; four times `rounds`, two for two
+    6 to 8  three, three and two times `rounds`, two for two
+    9-16    `rounds`, two for two
+    more    `rounds`, one for one
+    ======  ==================================================================================
+
+    and at the end `peaks` of `Peak`. With up to 5 items a pack and 128 in all the steps are taken
+    2 to 4 times, with other blocks, and the best packing is kept.
     """
 
     columns: int
@@ -343,10 +356,22 @@ class Portfolio(_Exchanges):
 
     def improve(self, state: _State, key: Key[Array, ""], *, labelled: bool) -> _State:
         """Take the steps of this shape."""
-        capacity = state.value.shape[0]
-        parts: list[_Exchanges] = [Pairs(self.rounds, 4 <= capacity <= 16), Peak(self.peaks)]
+        capacity, num_packs = state.value.shape
+        rounds = self.rounds * _MORE_ROUNDS.get(capacity, 1)
+        parts: list[_Exchanges] = [Pairs(rounds, 4 <= capacity <= 16), Peak(self.peaks)]
         if 3 <= capacity <= 5:
-            parts.insert(0, Columns(self.columns))
-        for part in parts:
-            state = part.improve(state, key, labelled=labelled)
-        return state
+            parts.insert(0, Columns(self.columns >> (capacity - 3)))
+
+        def chain(key: Key[Array, ""]) -> _State:
+            end = state
+            for part in parts:
+                end = part.improve(end, key, labelled=labelled)
+            return end
+
+        chains = min(256 // (capacity * num_packs), 4) if 3 <= capacity <= 5 else 1
+        if chains < 2:
+            return chain(key)
+        ends = jax.vmap(chain)(jax.random.split(key, chains))
+        repeats = jnp.minimum(jnp.sum(jax.vmap(_repeats)(ends.label), axis=(1, 2)), _MOST_REPEATS)
+        cost = (repeats << BITS) + jnp.max(jax.vmap(_loads)(ends.value), axis=1)
+        return jax.tree.map(lambda x: x[first_equal(cost, jnp.min(cost))], ends)

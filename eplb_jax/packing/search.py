@@ -36,6 +36,7 @@ from eplb_jax.validation import (
     check_divides,
     fixed_if_none,
     normalised,
+    relative,
     sanitised,
 )
 
@@ -108,6 +109,8 @@ def _balanced_packing(
     strategy: Strategy,
 ) -> Packing:
     load, pack_key = sanitised(weight), fixed_if_none(key)
+    if strategy.distinct:
+        load = relative(load)
     if labels is None:
         contents = packs(load, num_packs, strategy, pack_key)
     else:

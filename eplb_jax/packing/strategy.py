@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
+from eplb_jax.joint import JointCounts
 from eplb_jax.packing.construction import (
     Construction,
     chunked_greedy,
@@ -33,6 +34,8 @@ class Strategy:
         objective: By what candidates are compared, before and after the refinement.
         distinct: Whether a plan may part from the packing that was found to keep replicas of one
             expert on distinct GPUs, and to spread the spares of layers without load.
+        counts: How a plan with few slots a GPU chooses the replicas of every expert; None: as
+            `eplb_jax.replicate_experts`, whatever the packing.
     """
 
     orders: tuple[Order, ...] = (Lpt(),)
@@ -41,6 +44,7 @@ class Strategy:
     refinement: Refinement | None = None
     objective: Objective = spread
     distinct: bool = True
+    counts: JointCounts | None = None
 
     def __post_init__(self) -> None:
         """Reject counts that no search can run with."""
@@ -60,14 +64,23 @@ class Strategy:
 
 STRATEGIES: Mapping[str, Strategy] = MappingProxyType(
     {
-        "auto": Strategy(construction=best_start, refinement=Portfolio(64, 8, 8)),
-        "fast": Strategy(construction=best_start, refinement=Portfolio(16, 4, 8)),
+        "auto": Strategy(
+            construction=best_start,
+            refinement=Portfolio(64, 8, 8),
+            counts=JointCounts(targets=8, moves=12, divisors=3),
+        ),
+        "fast": Strategy(
+            construction=best_start,
+            refinement=Portfolio(16, 4, 8),
+            counts=JointCounts(targets=4, moves=6, divisors=1),
+        ),
         "best": Strategy(
             orders=(Lpt(), RampedLpt(7, 0.0, 0.1)),
             construction=best_start,
             keep=8,
-            refinement=Portfolio(512, 64, 32),
+            refinement=Portfolio(256, 64, 32),
             objective=peak,
+            counts=JointCounts(targets=16, moves=24, divisors=5),
         ),
         "greedy": Strategy(construction=greedy, distinct=False),
         "greedy_swap": Strategy(construction=greedy, refinement=Swap(20, light=None)),

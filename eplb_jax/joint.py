@@ -1,0 +1,197 @@
+"""Counts of replicas chosen with the packing in view: for GPUs of two or three slots.
+
+With more slots a GPU, packing evens out whatever counts the greedy gives. With two, counts decide
+alone: the best packing is the fold, heaviest with lightest, and an even fold wants replicas that
+mirror each other about half the load of a GPU. Greedy counts do not look at that.
+
+With two slots, T is the load of some plan's heaviest GPU exactly if for every v above T / 2 there
+are no more replicas of at least v than of at most T - v, their partners (Hall's condition). So an
+expert of load w with k replicas adds k to the excess at every v <= w / k, or takes k from it at
+every v <= T - w / k, and counts serve T if no excess is above zero. As that is a sum over experts,
+what a change of one count does to all excesses is known without packing or sorting anything.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int32
+
+from eplb_jax.packing.lanes import first_equal, fixed_point, unfused
+from eplb_jax.replication import replicate
+
+_BITS = 30
+_LEVELS = 128
+"""Of v, between T / 2 and T."""
+
+_ALL = 64
+"""A step looks at all of fewer experts."""
+
+_DEPTHS = (1, 2, 3)
+"""How many counts rise and how many fall in one move."""
+
+_HEAVY = 1 << 20
+"""The cost of a replica above T: more than any sum of excesses."""
+
+_NEVER = 1 << 30
+
+_OFFSETS = (0.0, 0.1, 0.5, 0.25, 2.0)
+"""Added to counts before a load is divided by them; 0 is the greedy."""
+
+
+@dataclass(frozen=True)
+class JointCounts:
+    """How to search for counts of replicas.
+
+    With two slots a GPU: walks of `moves` moves from the greedy counts, one for each of `targets`
+    loads T from the lower bound up to what the greedy counts reach. A move takes 1, 2 or 3 replicas
+    from experts and gives as many to others, or the other way round, each where the excesses above
+    zero then add up to least. Of the counts that come nearest to a target, those that fold best
+    are taken.
+
+    With three: spares go to the expert of most load w / (k + d), k its count so far, for the first
+    `divisors` of several d, and the counts that pack best are taken.
+
+    References:
+        P. Hall, "On representatives of subsets", Journal of the London Mathematical Society 10,
+        1935. F. Glover, "Tabu search - part I", ORSA Journal on Computing 1, 1989: an expert
+        whose count a move has changed is not touched again within it.
+    """
+
+    targets: int
+    moves: int
+    divisors: int
+
+    def candidates(
+        self, load: Float[Array, "L E"], num_replicas: int, num_gpus: int, most: int | None
+    ) -> Int32[Array, "L K E"]:
+        """Counts to choose from by packing them, the greedy ones first; none above `most`."""
+        offsets = _OFFSETS[: self.divisors] if num_replicas == 3 * num_gpus else _OFFSETS[:1]
+        counts = [replicate(load, num_replicas, most, d).logcnt for d in offsets]
+        if num_replicas == 2 * num_gpus and num_replicas > load.shape[1]:
+            fold = lambda load, counts: _for_pairs(load, counts, num_gpus, self)  # noqa: E731
+            counts = [jax.vmap(fold)(load, counts[0])]
+        return jnp.stack(counts, axis=1)
+
+
+class _Walk(NamedTuple):
+    """The counts of all experts, and the excess at every level that they cause.
+
+    ``touched`` are the experts that the move has changed so far; ``best`` the counts that came
+    nearest to the target at the end of a move, and ``cost`` how near.
+    """
+
+    counts: Int32[Array, " E"]
+    excess: Int32[Array, " v"]
+    touched: Bool[Array, " E"]
+    best: Int32[Array, " E"]
+    cost: Int32[Array, ""]
+
+
+def _for_pairs(
+    load: Float[Array, " E"], greedy: Int32[Array, " E"], num_gpus: int, search: JointCounts
+) -> Int32[Array, " E"]:
+    """Counts for two slots a GPU, no worse than the greedy ones; none above `num_gpus`."""
+    order = jnp.argsort(-load, stable=True).astype(jnp.int32)
+    greedy = greedy[order]
+    units = fixed_point(load[order], load.shape[0], _BITS)
+    mean = jnp.sum(units, dtype=jnp.int32).astype(load.dtype) / num_gpus
+    units = units.astype(load.dtype)
+    least = jnp.maximum(mean, jnp.max(units / greedy.astype(load.dtype)))
+    apart = (_folded(units, greedy, num_gpus) - least) / search.targets
+    targets = least + unfused(apart * jnp.arange(search.targets, dtype=load.dtype))
+
+    walk = lambda target: _walk(units, greedy, target, num_gpus, search.moves)  # noqa: E731
+    found = jnp.concatenate([greedy[None], jax.vmap(walk)(jnp.maximum(targets, 1))])
+    heaviest = jax.vmap(lambda counts: _folded(units, counts, num_gpus))(found)
+    best = found[first_equal(heaviest, jnp.min(heaviest))]
+    return jnp.zeros_like(best).at[order].set(best)
+
+
+def _folded(
+    load: Float[Array, " E"], counts: Int32[Array, " E"], num_gpus: int
+) -> Float[Array, ""]:
+    """The heaviest pair when the heaviest replica goes with the lightest, and so on."""
+    share = load / counts.astype(load.dtype)
+    falling = -jnp.sort(-jnp.repeat(share, counts, total_repeat_length=2 * num_gpus))
+    return jnp.max(falling + falling[::-1])
+
+
+def _walk(
+    load: Float[Array, " E"],
+    counts: Int32[Array, " E"],
+    target: Float[Array, ""],
+    most: int,
+    moves: int,
+) -> Int32[Array, " E"]:
+    """The counts nearest to the target on a walk."""
+    scaled = load * (2 * _LEVELS / target)  # what 2 w / T is, in levels
+    level = jnp.arange(_LEVELS, dtype=jnp.int32)
+    change, last = (jnp.asarray(x) for x in _moves(moves))
+    parts = jnp.asarray(_parts(load.shape[0]))
+
+    def position(scaled: Array, counts: Array) -> Array:
+        """Of a replica: above zero the levels below it, else less the levels it can go with."""
+        share = jnp.floor(scaled / jnp.maximum(counts, 1).astype(load.dtype))
+        return jnp.clip(share, 0, 2 * _LEVELS + 1).astype(jnp.int32) - _LEVELS
+
+    def excess(position: Array, counts: Array) -> Array:
+        reached = level < jnp.abs(position)[..., None]
+        return jnp.where(reached, jnp.where(position > 0, counts, -counts)[..., None], 0)
+
+    def total(excess: Array) -> Array:
+        return jnp.sum(jnp.maximum(excess, 0), axis=-1, dtype=jnp.int32)
+
+    def step(i: Array | int, walk: _Walk) -> _Walk:
+        part = parts[jnp.asarray(i, jnp.int32) % len(parts)]
+        load_of, old = scaled[part], walk.counts[part]
+        new = old + change[i]
+        here, there = position(load_of, new), position(load_of, old)
+        cost = total(walk.excess + excess(here, new) - excess(there, old))
+        cost += jnp.where(here > _LEVELS, _HEAVY, 0)
+        barred = walk.touched[part] | (new < 1) | (new > most)
+        cost = jnp.where(barred, _NEVER, cost)
+        least = jnp.min(cost)
+        one = first_equal(cost, least)
+
+        possible = least < _NEVER
+        chosen = possible & (jnp.arange(load.shape[0], dtype=jnp.int32) == part[one])
+        counts = jnp.where(chosen, walk.counts + change[i], walk.counts)
+        delta = excess(here[one], new[one]) - excess(there[one], old[one])
+        done = last[i]
+        better = done & (least < walk.cost) & (jnp.sum(counts) == jnp.sum(walk.best))
+        return _Walk(
+            counts,
+            walk.excess + jnp.where(possible, delta, 0),
+            (walk.touched | chosen) & ~done,
+            jnp.where(better, counts, walk.best),
+            jnp.where(better, least, walk.cost),
+        )
+
+    at_first = jnp.sum(excess(position(scaled, counts), counts), axis=0, dtype=jnp.int32)
+    start = _Walk(counts, at_first, jnp.zeros(counts.shape, bool), counts, total(at_first))
+    return lax.fori_loop(0, len(change), step, start).best
+
+
+def _parts(num_experts: int) -> np.ndarray:
+    """The experts, by falling load, that a step looks at: the hottest, and every third other."""
+    if num_experts < _ALL:
+        return np.arange(num_experts, dtype=np.int32)[None]
+    hot = num_experts // 8
+    others = -(-(num_experts - hot) // 3)
+    every_third = [np.resize(np.arange(hot + i, num_experts, 3), others) for i in range(3)]
+    return np.array([[*range(hot), *x] for x in every_third], np.int32)
+
+
+def _moves(count: int) -> tuple[np.ndarray, np.ndarray]:
+    """By how much every step changes a count, and which steps are the last of a move."""
+    change, last = [], []
+    for move in range(count):
+        depth = _DEPTHS[move % len(_DEPTHS)]
+        first = -1 if move // len(_DEPTHS) % 2 == 0 else 1
+        change += [first] * depth + [-first] * depth
+        last += [False] * (2 * depth - 1) + [True]
+    return np.array(change, np.int32), np.array(last, bool)
