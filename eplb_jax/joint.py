@@ -114,10 +114,19 @@ def _for_pairs(
 def _folded(
     load: Float[Array, " E"], counts: Int32[Array, " E"], num_gpus: int
 ) -> Float[Array, ""]:
-    """The heaviest pair when the heaviest replica goes with the lightest, and so on."""
+    """The heaviest pair when the heaviest replica goes with the lightest, and so on.
+
+    Where that pairs replicas of one expert, which are those in the middle, they change places with
+    the next pairs that do not hold it.
+    """
     share = load / counts.astype(load.dtype)
     falling = -jnp.sort(-jnp.repeat(share, counts, total_repeat_length=2 * num_gpus))
-    return jnp.max(falling + falling[::-1])
+    heavy, light = falling[:num_gpus], falling[num_gpus:]
+    middle = heavy[-1]
+    before, after = (jnp.sum(x == middle, dtype=jnp.int32) for x in (heavy, light))
+    alike = jnp.minimum(before, after)
+    partner = heavy[jnp.maximum(num_gpus - jnp.maximum(before, after) - alike, 0)]
+    return jnp.maximum(jnp.max(heavy + light[::-1]), jnp.where(alike > 0, middle + partner, 0))
 
 
 def _walk(
