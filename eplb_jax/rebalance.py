@@ -80,7 +80,7 @@ def rebalance_experts(
     Example:
         >>> plan = rebalance_experts([[90, 30, 20, 10]], 6, 1, 1, 3)
         >>> plan.phy2log.tolist(), plan.logcnt.tolist()
-        ([[0, 2, 0, 3, 0, 1]], [[3, 1, 1, 1]])
+        ([[0, 3, 0, 3, 1, 2]], [[2, 1, 1, 2]])
 
     References:
         DeepSeek-AI, EPLB (github.com/deepseek-ai/EPLB): the function of this name.

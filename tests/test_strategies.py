@@ -135,11 +135,11 @@ def test_as_python_loops(name):
 
 
 def smaller(strategy):
-    """The same strategy with at most 4 candidates a family, 2 steps and 2 attempts."""
+    """The same strategy with at most 4 candidates a family, 2 steps or fewer and 2 attempts."""
     orders = tuple(dataclasses.replace(x, count=min(x.count, 4)) for x in strategy.orders)
     refinement = strategy.refinement
     if isinstance(refinement, Portfolio):
-        refinement = Portfolio(2, 2, 2)
+        refinement = Portfolio(1, 1, 1)
     elif refinement is not None:
         refinement = dataclasses.replace(refinement, steps=2)
     if isinstance(refinement, Rebuild):

@@ -117,7 +117,7 @@ def rebalance_experts_hierarchical(
     Example:
         >>> load = torch.tensor([[90, 30, 20, 10]])
         >>> rebalance_experts_hierarchical(load, 6, 1, 1, 3)[:2]
-        (tensor([[0, 2, 0, 3, 0, 1]]), tensor([[1, 0, 2, 0, 0, 0]]))
+        (tensor([[0, 3, 0, 3, 1, 2]]), tensor([[1, 1, 0, 0, 0, 0]]))
     """
     counts = num_physical_experts, num_groups, num_nodes, num_gpus
     phy2log, rank, logcnt = _plan(weight, counts, "hierarchical", strategy, seed, device)
@@ -166,7 +166,7 @@ def rebalance_experts(
 
     Example:
         >>> rebalance_experts(torch.tensor([[90, 30, 20, 10]]), 6, 1, 1, 3)[0]
-        tensor([[0, 2, 0, 3, 0, 1]])
+        tensor([[0, 3, 0, 3, 1, 2]])
     """
     counts = num_replicas, num_groups, num_nodes, num_gpus
     phy2log, rank, logcnt = _plan(weight, counts, policy, strategy, seed, device)
