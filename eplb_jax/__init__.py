@@ -2,7 +2,8 @@
 
 `rebalance_experts` plans where the replicas of every expert of a mixture-of-experts model lie;
 `balanced_packing` and `replicate_experts` are its two halves, `metrics.balance` measures a
-plan, and `loads` reads measured loads. The axes are named in `eplb_jax.types`.
+plan, `moves` says what it takes to put it in place of another, and `loads` reads measured loads.
+The axes are named in `eplb_jax.types`.
 """
 
 from eplb_jax import loads as loads
@@ -15,6 +16,7 @@ from eplb_jax.packing.strategy import Strategy as Strategy
 from eplb_jax.placement import check_placement as check_placement
 from eplb_jax.rebalance import rebalance_experts as rebalance_experts
 from eplb_jax.replication import replicate_experts as replicate_experts
+from eplb_jax.transition import moves as moves
 from eplb_jax.types import Packing as Packing
 from eplb_jax.types import Placement as Placement
 from eplb_jax.types import Replication as Replication

@@ -14,11 +14,13 @@ from eplb_jax.packing.objective import best
 from eplb_jax.packing.search import check_size, packs
 from eplb_jax.packing.strategy import Strategy, resolve
 from eplb_jax.placement import counted, place
+from eplb_jax.relabel import relabelled
 from eplb_jax.replication import listed, replicate
 from eplb_jax.types import Placement, Replication
 from eplb_jax.validation import (
     LoadLike,
     as_count,
+    as_experts,
     as_key,
     as_load,
     check_divides,
@@ -42,6 +44,7 @@ def rebalance_experts(
     policy: Policy = "auto",
     strategy: str | Strategy = "auto",
     key: Key[Array, ""] | None = None,
+    previous: Placement | LoadLike | None = None,
 ) -> Placement:
     """Plan where the replicas of every expert lie, from a measured load.
 
@@ -67,6 +70,9 @@ def rebalance_experts(
             divides num_groups.
         strategy: A name from `eplb_jax.STRATEGIES` or a `Strategy`.
         key: Where the strategy draws at random. None: a fixed key.
+        previous: The plan in place, or its phy2log [L, R]. GPUs of a node, and nodes, are named
+            so that as many experts as possible stay on their GPU, and those keep their slot;
+            loads per GPU are the same as without it. Under the global policy nodes do not count.
 
     Returns:
         The plan: the expert in every slot, int32 [L, R]; the slots of every expert, int32
@@ -86,7 +92,8 @@ def rebalance_experts(
         DeepSeek-AI, EPLB (github.com/deepseek-ai/EPLB): the function of this name.
     """
     counts = num_replicas, num_groups, num_nodes, num_gpus
-    return place(place_replicas(weight, *counts, policy=policy, strategy=strategy, key=key))
+    options = {"policy": policy, "strategy": strategy, "key": key, "previous": previous}
+    return place(place_replicas(weight, *counts, **options))
 
 
 def place_replicas(
@@ -99,6 +106,7 @@ def place_replicas(
     policy: Policy = "auto",
     strategy: str | Strategy = "auto",
     key: Key[Array, ""] | None = None,
+    previous: Placement | LoadLike | None = None,
 ) -> Replication:
     """`rebalance_experts`, with the rank of every replica in place of the large `log2phy`.
 
@@ -110,7 +118,13 @@ def place_replicas(
     """
     load = as_load(weight, "weight")
     topology = _topology(load.shape[1], num_replicas, num_groups, num_nodes, num_gpus, policy)
-    return _place_replicas(load, as_key(key), topology=topology, strategy=resolve(strategy))
+    options = {"topology": topology, "strategy": resolve(strategy)}
+    if previous is None:
+        return _place_replicas(load, as_key(key), **options)
+    slots = previous.phy2log if isinstance(previous, Placement) else previous
+    old = as_experts(slots, "previous", (load.shape[0], topology.num_replicas), load.shape[1])
+    new = _place_replicas(load, as_key(key), **options)
+    return relabelled(new, old, num_gpus=topology.num_gpus, num_nodes=topology.num_nodes)
 
 
 def resolve_policy(

@@ -4,11 +4,10 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int32
 
-from eplb_jax.placement import counted
+from eplb_jax.packing.lanes import first_equal
 from eplb_jax.types import Replication
 from eplb_jax.validation import LoadLike, as_count, as_load, check_multiple, sanitised
 
@@ -63,31 +62,25 @@ def replicate(
     With `most`, which must leave room for all, no expert gets more replicas than that. `offset` is
     added to counts before loads are divided by them.
 
-    The spares go to the largest of all quotients load / k, k = 1, 2, ... An expert that j others
-    exceed gets at most every (j + 1)-th spare, as each of those gets at least as many; so
-    S ln(S) quotients are enough for S spares, and one sort gives the whole sequence.
+    One spare a step, O(E) each: on a CPU several times faster than sorting all quotients.
     """
     num_experts = load.shape[1]
-    spares = num_phy - num_experts
-    least = num_phy if most is None else most - 1
-    share = [min(spares // (j + 1), least) for j in range(min(num_experts, spares))]
-    place = np.repeat(np.arange(len(share)), share)
-    copies = np.concatenate([np.arange(1, s + 1) for s in share] or [np.empty(0)])
 
-    by_load = jnp.argsort(-load, axis=1, stable=True).astype(jnp.int32)
-    expert = by_load[:, place]
-    quotient = jnp.take_along_axis(load, expert, axis=1) / jnp.asarray(copies + offset, jnp.float32)
-    rank = jnp.broadcast_to(jnp.asarray(copies, jnp.int32), expert.shape)
-    _, expert, rank = lax.sort((-quotient, expert, rank), num_keys=3)
-    expert, rank = expert[:, :spares], rank[:, :spares]
+    def layer(load: Float[Array, " E"]) -> Replication:
+        def give(count: Int32[Array, " E"], _: None) -> tuple[Array, tuple[Array, Array]]:
+            quotient = load / (count.astype(jnp.float32) + offset)
+            if most is not None:
+                quotient = jnp.where(count < most, quotient, -1)
+            expert = first_equal(quotient, jnp.max(quotient))
+            return jnp.where(once == expert, count + 1, count), (expert, count[expert])
 
-    once = jnp.broadcast_to(jnp.arange(num_experts, dtype=jnp.int32), load.shape)
-    phy2log = jnp.concatenate([once, expert], axis=1)
-    return Replication(
-        phy2log,
-        jnp.concatenate([jnp.zeros_like(once), rank], axis=1),
-        counted(phy2log, num_experts),
-    )
+        once = jnp.arange(num_experts, dtype=jnp.int32)
+        alone = jnp.ones(num_experts, jnp.int32)
+        logcnt, (expert, rank) = lax.scan(give, alone, length=num_phy - num_experts)
+        phy2log = jnp.concatenate([once, expert])
+        return Replication(phy2log, jnp.concatenate([jnp.zeros_like(once), rank]), logcnt)
+
+    return Replication(*jax.vmap(layer)(load))
 
 
 def listed(logcnt: Int32[Array, "L E"], num_phy: int) -> Replication:

@@ -9,6 +9,7 @@ import jax.core
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.core import Tracer
 from jaxtyping import Array, Float, Int32, Key
 from numpy.typing import ArrayLike
 
@@ -37,7 +38,7 @@ def as_load(
         raise ValueError(f"{name} must have the shape [{wanted}], got {array.shape}")
     with np.errstate(over="ignore"):
         load = array.astype(np.float32)
-    if not isinstance(load, jax.core.Tracer) and not jax.device_get(_is_valid(load)):
+    if not isinstance(load, Tracer) and not jax.device_get(_is_valid(load)):
         bad = np.asarray(jax.device_get(load))
         row, column = np.argwhere(~(np.isfinite(bad) & (bad >= 0)))[0]
         raise ValueError(
@@ -64,6 +65,30 @@ def as_labels(value: ArrayLike | Array, shape: tuple[int, ...]) -> Int32[Array, 
         if array.min() < limits.min or array.max() > limits.max:
             worst = array.max() if array.max() > limits.max else array.min()
             raise ValueError(f"labels must fit in 32 bits, got {worst}; nearest: {limits.max}")
+    return jnp.asarray(array, jnp.int32)
+
+
+def as_experts(
+    value: LoadLike,
+    name: str,
+    shape: tuple[int, ...] | None = None,
+    num_experts: int | None = None,
+) -> Int32[Array, "L R"]:
+    """The expert in every slot; where values can be seen, every one is checked."""
+    array = value if isinstance(value, jax.Array) else _to_numpy(value, name)
+    if array.dtype.kind not in "iu":
+        raise TypeError(f"{name} must hold whole numbers, got dtype {array.dtype}")
+    if array.ndim != 2 or (shape is not None and array.shape != shape):
+        wanted = "" if shape is None else f" = {shape}"
+        raise ValueError(f"{name} must have the shape [layers, slots]{wanted}, got {array.shape}")
+    if not isinstance(array, Tracer):
+        seen = np.asarray(array)
+        most = np.iinfo(np.int32).max if num_experts is None else num_experts - 1
+        for layer, slot in np.argwhere((seen < 0) | (seen > most))[:1]:
+            raise ValueError(
+                f"{name} at layer {layer}, slot {slot} is {seen[layer, slot]}; "
+                f"experts are numbered 0 to {most}"
+            )
     return jnp.asarray(array, jnp.int32)
 
 

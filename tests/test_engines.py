@@ -91,8 +91,12 @@ def test_vllm_calls_by_position_from_a_thread(policies, monkeypatch):
     assert plan.shape == (3, 48)
     assert plan.dtype == torch.int64
     assert plan.device.type == "cpu"
-    assert torch.equal(plan, eplb_torch.rebalance_experts(LOAD, *COUNTS)[0])
-    assert torch.equal(plan, vllm.EplbPolicy.rebalance_experts(LOAD, *COUNTS))
+    assert torch.equal(plan, eplb_torch.rebalance_experts(LOAD, *COUNTS, previous=old)[0])
+    alone = eplb_torch.rebalance_experts(LOAD, *COUNTS)[0]
+    assert (plan == old).sum() > (alone == old).sum()
+    for unfit in (old[:, :40], torch.where(old == 5, -1, old)):  # after a change of GPUs
+        assert torch.equal(policies["default"].rebalance_experts(LOAD, *COUNTS, unfit), alone)
+    assert torch.equal(plan, vllm.EplbPolicy.rebalance_experts(LOAD, *COUNTS, old))
 
 
 def test_vllm_of_an_older_release_gets_three_maps(policies):

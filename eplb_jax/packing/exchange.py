@@ -325,7 +325,7 @@ def _lighten(i: Array | int, state: _State) -> _State:
     return jax.tree.map(exchange, state)
 
 
-_MORE_ROUNDS = {3: 4, 4: 8, 5: 4, 6: 3, 7: 3, 8: 2}
+_MORE_ROUNDS = {3: 4, 4: 12, 5: 8, 6: 4, 7: 4, 8: 2}
 """A pair of small packs has few exchanges, which are quickly looked at and rarely fit."""
 
 
@@ -339,9 +339,9 @@ class Portfolio(_Exchanges):
     2       `rounds` of `Pairs`, one for one: for repeats only, as `differencing` is optimal
     3       `columns` of `Columns`; four times `rounds`, one for one, as two for two is one for
             one of the third items
-    4       half of `columns`; eight times `rounds`, two for two
-    5       a quarter of `columns`; four times `rounds`, two for two
-    6 to 8  three, three and two times `rounds`, two for two
+    4       half of `columns`; twelve times `rounds`, two for two
+    5       a quarter of `columns`; eight times `rounds`, two for two
+    6 to 8  four, four and two times `rounds`, two for two
     9-16    `rounds`, two for two
     more    `rounds`, one for one
     ======  ==================================================================================

@@ -136,6 +136,7 @@ def rebalance_experts(
     policy: Policy = "auto",
     seed: int = 0,
     device: Device = None,
+    previous: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Plan where the replicas of every expert lie, from a measured load.
 
@@ -154,6 +155,7 @@ def rebalance_experts(
             divides num_groups.
         seed: Where the strategy draws at random: the same seed gives the same plan.
         device: Where to compute; None: the CPU.
+        previous: [L, R], the expert in every slot until now: as many as possible stay.
 
     Returns:
         The expert in every slot, [L, R]; the slots of every expert, [L, E, X] with X the most
@@ -169,7 +171,7 @@ def rebalance_experts(
         tensor([[0, 3, 0, 3, 1, 2]])
     """
     counts = num_replicas, num_groups, num_nodes, num_gpus
-    phy2log, rank, logcnt = _plan(weight, counts, policy, strategy, seed, device)
+    phy2log, rank, logcnt = _plan(weight, counts, policy, strategy, seed, device, previous)
     log2phy = _slots_of(np.asarray(phy2log), np.asarray(rank), np.asarray(logcnt))
     log2phy = torch.from_numpy(log2phy).to(weight.device)
     return map_for(weight, phy2log), log2phy, map_for(weight, logcnt)
@@ -188,9 +190,10 @@ def preload(
 ) -> None:
     """Compile `rebalance_experts` for loads of this shape, so that no later call has to wait.
 
-    What is compiled serves any dtype, values, seed and thread, and the calls of `eplb_torch.vllm`
-    and `eplb_torch.sglang` with these arguments, until the process ends. Another shape, count,
-    strategy, policy or device is another compilation, and so is another JAX configuration (x64).
+    What is compiled serves any dtype, values, seed, plan in place and thread, and the calls of
+    `eplb_torch.vllm` and `eplb_torch.sglang` with these arguments, until the process ends. Another
+    shape, count, strategy, policy or device is another compilation, and so is another JAX
+    configuration (x64).
 
     Args:
         shape: (L, E) of the loads to come.
@@ -207,8 +210,9 @@ def preload(
     """
     counts = num_replicas, num_groups, num_nodes, num_gpus
     idle = torch.zeros(tuple(shape), device="cpu")
-    for seed in (0, 1):  # a seed other than 0 hands over a random key
-        rebalance_experts(idle, *counts, strategy=strategy, policy=policy, seed=seed, device=device)
+    options = {"strategy": strategy, "policy": policy, "device": device}
+    plan, *_ = rebalance_experts(idle, *counts, **options)
+    rebalance_experts(idle, *counts, seed=1, previous=plan, **options)  # another seed is a key
 
 
 def _slots_of(phy2log: np.ndarray, rank: np.ndarray, logcnt: np.ndarray) -> np.ndarray:
@@ -228,12 +232,13 @@ def _plan(
     strategy: str | Strategy,
     seed: int,
     device: Device,
+    previous: torch.Tensor | None = None,
 ) -> eplb_jax.Replication:
     target = compute_device(device)
+    slots = None if previous is None else previous.detach().cpu().numpy()
+    options = {"policy": policy, "strategy": strategy, "key": _key(seed), "previous": slots}
     with jax.default_device(target):
-        return place_replicas(
-            load_for(target, weight), *counts, policy=policy, strategy=strategy, key=_key(seed)
-        )
+        return place_replicas(load_for(target, weight), *counts, **options)
 
 
 def _key(seed: int) -> jax.Array | None:

@@ -46,8 +46,8 @@ class EplbPolicy:
             num_groups: Groups of consecutive experts; divides E.
             num_nodes: N; divides num_ranks.
             num_ranks: GPUs, over all nodes.
-            old_global_expert_indices: [L, R], the expert in every slot until now. Not used: which
-                slots change follows from the new load alone.
+            old_global_expert_indices: [L, R], the expert in every slot until now: as many as
+                possible stay. Of another shape, as after a change of GPUs, it is not used.
 
         Returns:
             The expert in every slot, int64 [L, R] on the CPU, or all three maps.
@@ -56,9 +56,12 @@ class EplbPolicy:
             TypeError: An argument is of the wrong kind.
             ValueError: As `eplb_torch.rebalance_experts`.
         """
-        del old_global_expert_indices
+        old, shape = old_global_expert_indices, (weight.shape[0], num_replicas)
+        previous = old if old is not None and old.shape == shape and old.min() >= 0 else None
         counts = num_replicas, num_groups, num_nodes, num_ranks
-        phy2log, *others = rebalance_experts(weight, *counts, strategy=cls.strategy)
+        phy2log, *others = rebalance_experts(
+            weight, *counts, strategy=cls.strategy, previous=previous
+        )
         if not cls.all_maps:
             return phy2log.cpu()
         log2phy, logcnt = others
