@@ -66,7 +66,7 @@ def moves(
     Example:
         >>> result = moves([[0, 1, 2, 3]], [[0, 2, 3, 2]], 2)
         >>> result.source.tolist(), result.copies.tolist()
-        ([[0, 2, 3, 2]], [[1, 1, 2, 0]])
+        ([[0, 2, 3, 2]], [[1, 2, 1, 0]])
     """
     maps = [x.phy2log if isinstance(x, Placement) else x for x in (old, new)]
     before = as_experts(maps[0], "old")

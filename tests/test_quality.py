@@ -7,7 +7,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from helpers import lognormal, mean_imbalance, measured, replicated
+from helpers import mean_imbalance, measured, replicated
 
 import eplb_jax
 
@@ -17,7 +17,6 @@ V2_LITE = eplb_jax.loads.read(GOLDEN / "deepseek_v2_lite.npz").reshape(-1, 64)
 LOADS = {
     "DeepSeek-V3-0324, 288 into 32": (measured()[::2], 32),
     "DeepSeek-V2-Lite, 72 into 8": (replicated(V2_LITE[::3], 72), 8),
-    "lognormal, 144 into 16": (replicated(lognormal(32, 128), 144), 16),
 }
 AS_USERS_DO = {"xla_backend_optimization_level": 3, "xla_cpu_use_fusion_emitters": True}
 ORIGINAL = json.loads((GOLDEN / "imbalance.json").read_text())
