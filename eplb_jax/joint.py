@@ -69,9 +69,10 @@ class JointCounts:
         self, load: Float[Array, "L E"], num_replicas: int, num_gpus: int, most: int | None
     ) -> Int32[Array, "L K E"]:
         """Counts to choose from by packing them, the greedy ones first; none above `most`."""
-        offsets = _OFFSETS[: self.divisors] if num_replicas == 3 * num_gpus else _OFFSETS[:1]
+        capacity = num_replicas // num_gpus if num_replicas > load.shape[1] else 1
+        offsets = _OFFSETS[: self.divisors if capacity == 3 else 1]
         counts = [replicate(load, num_replicas, most, d).logcnt for d in offsets]
-        if num_replicas == 2 * num_gpus and num_replicas > load.shape[1]:
+        if capacity == 2:
             fold = lambda load, counts: _for_pairs(load, counts, num_gpus, self)  # noqa: E731
             counts = [jax.vmap(fold)(load, counts[0])]
         return jnp.stack(counts, axis=1)

@@ -121,8 +121,8 @@ def place_replicas(
     options = {"topology": topology, "strategy": resolve(strategy)}
     if previous is None:
         return _place_replicas(load, as_key(key), **options)
-    slots = previous.phy2log if isinstance(previous, Placement) else previous
-    old = as_experts(slots, "previous", (load.shape[0], topology.num_replicas), load.shape[1])
+    shape = load.shape[0], topology.num_replicas
+    old = as_experts(previous, "previous", shape, load.shape[1])
     new = _place_replicas(load, as_key(key), **options)
     return relabelled(new, old, num_gpus=topology.num_gpus, num_nodes=topology.num_nodes)
 

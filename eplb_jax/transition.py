@@ -10,6 +10,7 @@ from jax import lax
 from jax.core import Tracer
 from jaxtyping import Array, Int32
 
+from eplb_jax.packing.lanes import first_equal
 from eplb_jax.types import Placement
 from eplb_jax.validation import LoadLike, as_count, as_experts, check_divides
 
@@ -68,9 +69,8 @@ def moves(
         >>> result.source.tolist(), result.copies.tolist()
         ([[0, 2, 3, 2]], [[1, 2, 1, 0]])
     """
-    maps = [x.phy2log if isinstance(x, Placement) else x for x in (old, new)]
-    before = as_experts(maps[0], "old")
-    after = as_experts(maps[1], "new", before.shape)
+    before = as_experts(old, "old")
+    after = as_experts(new, "new", before.shape)
     num_gpus, num_nodes = as_count("num_gpus", num_gpus), as_count("num_nodes", num_nodes)
     check_divides("num_gpus", num_gpus, "number of slots", before.shape[1])
     check_divides("num_nodes", num_nodes, "num_gpus", num_gpus)
@@ -113,7 +113,7 @@ def _moves_of_layer(
         reach = reach_from(slot, target)
         asked = jnp.where(reach >= SAME_NODE, sources.sent[gpu], 0)
         cost = jnp.where(old == new[target], reach * num_slots + asked, _NEVER)
-        source = jnp.argmin(cost).astype(jnp.int32)
+        source = first_equal(cost, jnp.min(cost))
         sends = (reach[source] >= SAME_NODE).astype(jnp.int32)
         return _Sources(
             sources.source.at[target].set(source), sources.sent.at[gpu[source]].add(sends)

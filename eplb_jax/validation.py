@@ -5,13 +5,14 @@ from collections.abc import Sequence
 from typing import SupportsIndex
 
 import jax
-import jax.core
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.core import Tracer
 from jaxtyping import Array, Float, Int32, Key
 from numpy.typing import ArrayLike
+
+from eplb_jax.types import Placement
 
 LoadLike = ArrayLike | Array
 """What public functions take as loads: anything `jnp.asarray` takes, nested lists too."""
@@ -69,12 +70,13 @@ def as_labels(value: ArrayLike | Array, shape: tuple[int, ...]) -> Int32[Array, 
 
 
 def as_experts(
-    value: LoadLike,
+    value: Placement | LoadLike,
     name: str,
     shape: tuple[int, ...] | None = None,
     num_experts: int | None = None,
 ) -> Int32[Array, "L R"]:
-    """The expert in every slot; where values can be seen, every one is checked."""
+    """The expert in every slot, of a plan or its phy2log; values that can be seen are checked."""
+    value = value.phy2log if isinstance(value, Placement) else value
     array = value if isinstance(value, jax.Array) else _to_numpy(value, name)
     if array.dtype.kind not in "iu":
         raise TypeError(f"{name} must hold whole numbers, got dtype {array.dtype}")

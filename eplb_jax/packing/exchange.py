@@ -27,14 +27,12 @@ from eplb_jax.packing.lanes import (
     take_rows,
     where_equal,
 )
+from eplb_jax.packing.objective import best
 
 BITS = 27
 """For the load of a pack: two of `_NEVER` and twice a difference of loads fit in an int32."""
 
 _NEVER = 1 << 29
-_MOST_REPEATS = 7
-"""More are not told apart: this many and a load fit in an int32."""
-
 _ANYTHING = 1 << 28
 """More than any difference of two packs, less than what a `_NEVER` leaves."""
 
@@ -372,6 +370,7 @@ class Portfolio(_Exchanges):
         if chains < 2:
             return chain(key)
         ends = jax.vmap(chain)(jax.random.split(key, chains))
-        repeats = jnp.minimum(jnp.sum(jax.vmap(_repeats)(ends.label), axis=(1, 2)), _MOST_REPEATS)
-        cost = (repeats << BITS) + jnp.max(jax.vmap(_loads)(ends.value), axis=1)
-        return jax.tree.map(lambda x: x[first_equal(cost, jnp.min(cost))], ends)
+        repeats = jnp.sum(jax.vmap(_repeats)(ends.label), axis=(1, 2), dtype=jnp.int32)
+        heaviest = jnp.max(jax.vmap(_loads)(ends.value), axis=1)
+        chosen = best((repeats, heaviest), 1)[0]
+        return jax.tree.map(lambda x: x[chosen], ends)
