@@ -1,5 +1,6 @@
 """The whole plan: groups to nodes, replicas within nodes, replicas to GPUs."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Literal, NamedTuple
 
@@ -8,8 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int32, Key
 
+from eplb_jax.forecast import forecast, gathered
+from eplb_jax.joint import counts_over_windows
 from eplb_jax.packing.distinct import repeats_in
-from eplb_jax.packing.lanes import LOAD_BITS, fixed_point, loads_of
+from eplb_jax.packing.lanes import LOAD_BITS, fixed_point, index_bits, loads_of
 from eplb_jax.packing.objective import best
 from eplb_jax.packing.search import check_size, packs
 from eplb_jax.packing.strategy import Strategy, resolve
@@ -19,6 +22,7 @@ from eplb_jax.replication import listed, replicate
 from eplb_jax.types import Placement, Replication
 from eplb_jax.validation import (
     LoadLike,
+    all_normalised,
     as_count,
     as_experts,
     as_key,
@@ -116,13 +120,13 @@ def place_replicas(
         The expert in every slot and the rank of that replica among those of its expert, each
         int32 [L, R], and the replicas of every expert, int32 [L, E].
     """
-    load = as_load(weight, "weight")
-    topology = _topology(load.shape[1], num_replicas, num_groups, num_nodes, num_gpus, policy)
+    load = gathered(as_load(weight, "weight", windows=True))
+    topology = _topology(load.shape[-1], num_replicas, num_groups, num_nodes, num_gpus, policy)
     options = {"topology": topology, "strategy": resolve(strategy)}
     if previous is None:
         return _place_replicas(load, as_key(key), **options)
-    shape = load.shape[0], topology.num_replicas
-    old = as_experts(previous, "previous", shape, load.shape[1])
+    shape = load.shape[-2], topology.num_replicas
+    old = as_experts(previous, "previous", shape, load.shape[-1])
     new = _place_replicas(load, as_key(key), **options)
     return relabelled(new, old, num_gpus=topology.num_gpus, num_nodes=topology.num_nodes)
 
@@ -171,28 +175,25 @@ def _topology(
 
 @partial(jax.jit, static_argnames=("topology", "strategy"))
 def _place_replicas(
-    weight: Float[Array, "L E"],
+    weight: Float[Array, "*T L E"],
     key: Key[Array, ""] | None,
     *,
     topology: _Topology,
     strategy: Strategy,
 ) -> Replication:
     num_replicas, num_groups, num_nodes, num_gpus = topology
-    load = sanitised(weight)
-    if strategy.distinct:
-        load = relative(load)
-    num_layers, num_experts = load.shape
+    outlook = _outlook(weight, strategy)
+    num_layers, num_experts = outlook.load.shape
     group_key, gpu_key = jax.random.split(fixed_if_none(key))
 
     group_size = num_experts // num_groups
-    by_group = load.reshape(num_layers, num_groups, group_size).sum(2)
-    groups = packs(by_group, num_nodes, strategy, group_key)
+    by_group = outlook.map(lambda x: x.reshape(*x.shape[:-1], num_groups, group_size).sum(-1))
+    groups = packs(by_group.load, num_nodes, strategy, group_key, windows=by_group.windows)
     experts = groups[..., None] * group_size + jnp.arange(group_size, dtype=jnp.int32)
     experts = experts.reshape(num_layers * num_nodes, num_experts // num_nodes)
     # From here a row is a node of a layer, and its experts go by their place in `experts`.
-    owner = jnp.broadcast_to(load[:, None], (num_layers, num_nodes, num_experts))
     replicas = _within_node(
-        jnp.take_along_axis(owner.reshape(num_layers * num_nodes, num_experts), experts, axis=1),
+        outlook.map(lambda x: _taken(jnp.repeat(x, num_nodes, axis=0), experts)),
         num_replicas // num_nodes,
         num_gpus // num_nodes,
         strategy,
@@ -203,6 +204,34 @@ def _place_replicas(
     return Replication(phy2log, rank, counted(phy2log, num_experts))
 
 
+class _Outlook(NamedTuple):
+    """What to plan for: loads, and of several windows how far they rise above, and all of them."""
+
+    load: Float[Array, "L E"]
+    above: Float[Array, "L E"] | None = None
+    windows: Float[Array, "L T E"] | None = None
+
+    def map(self, change: Callable[[Array], Array]) -> "_Outlook":
+        """The same change to all."""
+        return jax.tree.map(change, self)
+
+
+def _outlook(weight: Float[Array, "*T L E"], strategy: Strategy) -> _Outlook:
+    windows = weight if weight.ndim == 3 else weight[None]
+    if not strategy.distinct:
+        return _Outlook(sanitised(windows.sum(axis=0)))
+    if windows.shape[0] == 1:
+        return _Outlook(relative(sanitised(windows[0])))
+    return _Outlook(*forecast(sanitised(jnp.moveaxis(windows, 0, 1))))
+
+
+def _taken(x: Float[Array, "L *T E"], index: Int32[Array, "L n"]) -> Float[Array, "L *T n"]:
+    """``x[..., index]``, layer by layer."""
+    if x.ndim == 3:
+        index = index[:, None]
+    return jnp.take_along_axis(x, index, axis=-1)
+
+
 class _Replicas(NamedTuple):
     """The replica in every slot: its expert, and its rank among the replicas of that expert."""
 
@@ -211,29 +240,32 @@ class _Replicas(NamedTuple):
 
 
 def _within_node(
-    load: Float[Array, "L E"],
+    outlook: _Outlook,
     num_replicas: int,
     num_gpus: int,
     strategy: Strategy,
     key: Key[Array, ""],
 ) -> _Replicas:
     """Replicate experts and pack the replicas to GPUs; nodes do not see each other."""
+    load = outlook.load
     num_experts = load.shape[1]
     if not strategy.distinct:
-        return _packed(load, replicate(load, num_replicas), num_gpus, strategy, key)
+        return _packed(outlook, replicate(load, num_replicas), num_gpus, strategy, key)
     # More replicas than GPUs would put an expert twice on one and serve it no better.
     most = num_gpus if num_replicas <= num_experts * num_gpus else None
-    if strategy.counts is None:
-        counts = replicate(load, num_replicas, most).logcnt[:, None]
-    else:
+    if outlook.above is not None:
+        counts = counts_over_windows(load, outlook.above, num_replicas, most)
+    elif strategy.counts is not None:
         counts = strategy.counts.candidates(load, num_replicas, num_gpus, most)
+    else:
+        counts = replicate(load, num_replicas, most).logcnt[:, None]
     choices = counts.shape[1]
-    loads = jnp.repeat(load, choices, axis=0)
-    replication = listed(counts.reshape(loads.shape), num_replicas)
-    replicas = _packed(loads, replication, num_gpus, strategy, key)
+    repeated = outlook.map(lambda x: jnp.repeat(x, choices, axis=0))
+    replication = listed(counts.reshape(len(load) * choices, num_experts), num_replicas)
+    replicas = _packed(repeated, replication, num_gpus, strategy, key)
     if choices > 1:
-        per_replica = loads / replication.logcnt.astype(jnp.float32)
-        replicas = _best(replicas, per_replica, choices, num_gpus)
+        seen = load if outlook.windows is None else outlook.windows
+        replicas = _best(replicas, seen, counts, num_gpus)
     idle = jnp.all(load == 0, axis=1, keepdims=True)
     idle_expert, idle_rank = _idle_replicas(num_experts, num_replicas, num_gpus)
     return _Replicas(
@@ -242,7 +274,7 @@ def _within_node(
 
 
 def _packed(
-    load: Float[Array, "L E"],
+    outlook: _Outlook,
     replication: Replication,
     num_gpus: int,
     strategy: Strategy,
@@ -250,27 +282,45 @@ def _packed(
 ) -> _Replicas:
     """These replicas on GPUs."""
     expert, rank, logcnt = replication
-    num_experts, num_replicas = load.shape[1], expert.shape[1]
-    weight = jnp.take_along_axis(load / logcnt.astype(jnp.float32), expert, axis=1)
+    num_experts, num_replicas = logcnt.shape[1], expert.shape[1]
+    per_replica = outlook.map(lambda x: x / _like(x, logcnt.astype(jnp.float32)))
+    weight = per_replica.map(lambda x: _taken(x, expert))
     labels = expert + num_experts * (rank // num_gpus) if strategy.distinct else None
-    slots = packs(weight, num_gpus, strategy, key, labels, num_replicas - num_experts)
+    spares = num_replicas - num_experts
+    slots = packs(weight.load, num_gpus, strategy, key, labels, spares, weight.windows)
     slots = slots.reshape(expert.shape)
     return _Replicas(*(jnp.take_along_axis(x, slots, axis=1) for x in (expert, rank)))
 
 
-def _best(
-    replicas: _Replicas, per_replica: Float[Array, "_ E"], choices: int, num_gpus: int
-) -> _Replicas:
-    """Of every `choices` rows that with fewest repeats, then with the lightest heaviest GPU."""
-    count, num_slots = replicas.expert.shape
-    on_gpu = replicas.expert.reshape(count, num_gpus, num_slots // num_gpus)
-    units = jax.vmap(lambda x: fixed_point(x, on_gpu.shape[2], LOAD_BITS))(per_replica)
-    heaviest = jnp.max(jax.vmap(loads_of)(units, on_gpu), axis=1)
-    repeats = jax.vmap(repeats_in)(on_gpu)
-    first = jax.vmap(lambda *scores: best(scores, 1)[0])
-    choice = first(*(x.reshape(count // choices, choices) for x in (repeats, heaviest)))
-    row = jnp.arange(count // choices, dtype=jnp.int32) * choices + choice
+def _like(x: Float[Array, "L *T E"], counts: Float[Array, "L E"]) -> Float[Array, "L *_ E"]:
+    return counts[:, None] if x.ndim == 3 else counts
 
+
+def _best(
+    replicas: _Replicas,
+    seen: Float[Array, "L *T E"],
+    counts: Int32[Array, "L k E"],
+    num_gpus: int,
+) -> _Replicas:
+    """Of the choices for every layer that with fewest repeats, then with the lightest heaviest GPU.
+
+    That is added up over windows.
+    """
+    num_layers, choices, _ = counts.shape
+    num_slots = replicas.expert.shape[1]
+    on_gpu = replicas.expert.reshape(num_layers, choices, num_gpus, num_slots // num_gpus)
+    windows = all_normalised(seen if seen.ndim == 3 else seen[:, None])
+    bits = LOAD_BITS - index_bits(windows.shape[1]) if windows.shape[1] > 1 else LOAD_BITS
+
+    def scores(on_gpu: Array, count: Array, windows: Array) -> tuple[Array, Array]:
+        per_replica = windows / count.astype(jnp.float32)
+        units = fixed_point(per_replica, on_gpu.shape[1], bits)
+        heaviest = jnp.max(jax.vmap(lambda x: loads_of(x, on_gpu))(units), axis=1)
+        return repeats_in(on_gpu), jnp.sum(heaviest, dtype=jnp.int32)
+
+    each = jax.vmap(jax.vmap(scores, (0, 0, None)))(on_gpu, counts, windows)
+    choice = jax.vmap(lambda *scores: best(scores, 1)[0])(*each)
+    row = jnp.arange(num_layers, dtype=jnp.int32) * choices + choice
     return _Replicas(replicas.expert[row], replicas.rank[row])
 
 

@@ -19,9 +19,9 @@ LoadLike = ArrayLike | Array
 
 
 def as_load(
-    value: LoadLike, name: str, axes: Sequence[str] = ("layer", "expert")
-) -> Float[Array, "L E"] | Float[np.ndarray, "L E"]:
-    """A float32 array [L, E] of loads, checked as far as it is known.
+    value: LoadLike, name: str, axes: Sequence[str] = ("layer", "expert"), *, windows: bool = False
+) -> Float[Array, "*T L E"] | Float[np.ndarray, "*T L E"]:
+    """A float32 array [L, E] of loads, or with `windows` [T, L, E], checked as far as it is known.
 
     64-bit counts become float32 before JAX, which would wrap them, sees them. Values are checked
     where the array is concrete; inside a trace `sanitised` gives them a defined meaning.
@@ -34,17 +34,20 @@ def as_load(
     array = value if isinstance(value, jax.Array) else _to_numpy(value, name)
     if not any(jnp.issubdtype(array.dtype, kind) for kind in (np.floating, np.integer, np.bool_)):
         raise TypeError(f"{name} must hold real numbers, got dtype {array.dtype}")
-    if array.ndim != 2 or array.shape[1] == 0:
+    if windows and array.ndim == 3:
+        axes = ("window", *axes)
+    if array.ndim != len(axes) or array.shape[-1] == 0 or (len(axes) == 3 and len(array) == 0):
         wanted = ", ".join(f"{axis}s" for axis in axes)
-        raise ValueError(f"{name} must have the shape [{wanted}], got {array.shape}")
+        either = f" or [windows, {wanted}]" if windows and array.ndim != 3 else ""
+        raise ValueError(f"{name} must have the shape [{wanted}]{either}, got {array.shape}")
     with np.errstate(over="ignore"):
         load = array.astype(np.float32)
     if not isinstance(load, Tracer) and not jax.device_get(_is_valid(load)):
         bad = np.asarray(jax.device_get(load))
-        row, column = np.argwhere(~(np.isfinite(bad) & (bad >= 0)))[0]
+        place = tuple(np.argwhere(~(np.isfinite(bad) & (bad >= 0)))[0])
+        where = ", ".join(f"{axis} {i}" for axis, i in zip(axes, place, strict=True))
         raise ValueError(
-            f"{name} at {axes[0]} {row}, {axes[1]} {column} is {bad[row, column]}; "
-            "loads must be finite and not negative"
+            f"{name} at {where} is {bad[place]}; loads must be finite and not negative"
         )
     return load
 
@@ -112,7 +115,7 @@ def _all_valid(load: Array) -> Array:
     return jnp.all(jnp.isfinite(load) & (load >= 0))
 
 
-def sanitised(load: Float[Array, "L E"]) -> Float[Array, "L E"]:
+def sanitised(load: Float[Array, "... E"]) -> Float[Array, "... E"]:
     """Loads with a defined meaning whatever they hold, scaled so that no sum overflows.
 
     Inside `jax.jit`, where values cannot be checked, NaN and negative loads count as zero and
@@ -122,9 +125,18 @@ def sanitised(load: Float[Array, "L E"]) -> Float[Array, "L E"]:
     return normalised(jnp.abs(finite))
 
 
-def normalised(load: Float[Array, "L E"]) -> Float[Array, "L E"]:
+def normalised(load: Float[Array, "... E"]) -> Float[Array, "... E"]:
     """Every layer divided by a power of two, which is exact: its largest load lies in [1, 2)."""
-    largest = jnp.max(load, axis=-1, keepdims=True, initial=0)
+    return _scaled(load, -1)
+
+
+def all_normalised(windows: Float[Array, "L T E"]) -> Float[Array, "L T E"]:
+    """The windows of a layer divided by one power of two: their largest load lies in [1, 2)."""
+    return _scaled(windows, (-2, -1))
+
+
+def _scaled(load: Array, axis: int | tuple[int, ...]) -> Array:
+    largest = jnp.max(load, axis=axis, keepdims=True, initial=0)
     exponent = lax.bitcast_convert_type(largest, jnp.int32) & 0x7F800000
     power = lax.bitcast_convert_type(exponent, jnp.float32)
     return load / jnp.where(power > 0, power, 1)

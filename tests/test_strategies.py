@@ -14,8 +14,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 import eplb_jax
 from eplb_jax import STRATEGIES, Strategy, balanced_packing
 from eplb_jax.packing import search
-from eplb_jax.packing.exchange import Columns, Pairs, Peak, Portfolio
+from eplb_jax.packing.exchange import Pairs
 from eplb_jax.packing.orders import Lpt, RampedLpt, Zigzag
+from eplb_jax.packing.portfolio import Columns, Peak, Portfolio
 from eplb_jax.packing.refinement import Rebuild
 
 COLLECTIVES = re.compile(

@@ -105,7 +105,7 @@ def _compare(keys: Int32[Array, "n *K"], block: int, *, mirrored: bool) -> Int32
     return jnp.concatenate(parts)
 
 
-def fixed_point(weight: Float[Array, " n"], capacity: int, bits: int) -> Int32[Array, " n"]:
+def fixed_point(weight: Float[Array, "..."], capacity: int, bits: int) -> Int32[Array, "..."]:
     """Weights below 2 as integers, so that any `capacity` of them add up to less than 2 ** bits.
 
     Integer sums do not depend on their order, nor on how a compiler fuses multiplications with

@@ -37,14 +37,16 @@ class Refinement(Protocol):
 
     Attributes:
         keeps_labels: Whether it keeps items with one label in distinct packs.
+        sees_windows: Whether it takes weights [T, n], the loads of every item in T windows.
     """
 
     keeps_labels: ClassVar[bool]
+    sees_windows: ClassVar[bool]
 
     def __call__(
         self,
         contents: Int32[Array, "m c *K"],
-        weight: Float[Array, " n"],
+        weight: Float[Array, "*T n"],
         key: Key[Array, ""],
         label: Int32[Array, " n"] | None = None,
     ) -> Int32[Array, "m c *K"]:
@@ -88,6 +90,7 @@ class Swap:
     light: int | None = 1
     pairs: bool = False
     keeps_labels: ClassVar[bool] = False
+    sees_windows: ClassVar[bool] = False
 
     def __call__(
         self,
@@ -232,6 +235,7 @@ class Rebuild:
     high: float = 1.0
     third: bool = False
     keeps_labels: ClassVar[bool] = False
+    sees_windows: ClassVar[bool] = False
 
     def __call__(
         self,

@@ -4,7 +4,7 @@
 layers. What is drawn at random is shared by all layers (see `orders`).
 """
 
-from functools import partial
+from functools import partial, reduce
 from typing import NamedTuple
 
 import jax
@@ -20,15 +20,17 @@ from eplb_jax.packing.lanes import (
     MAX_ITEMS,
     falling_order,
     fixed_point,
+    index_bits,
     inverse,
     loads_of,
     take_rows,
 )
-from eplb_jax.packing.objective import best
+from eplb_jax.packing.objective import Objective, best
 from eplb_jax.packing.strategy import Strategy, resolve
 from eplb_jax.types import Packing
 from eplb_jax.validation import (
     LoadLike,
+    all_normalised,
     as_count,
     as_key,
     as_labels,
@@ -139,11 +141,13 @@ def packs(
     key: Key[Array, ""],
     labels: Int32[Array, "L n"] | None = None,
     repeats: int | None = None,
+    windows: Float[Array, "L T n"] | None = None,
 ) -> Int32[Array, "L m c"]:
     """The items of every pack of every layer.
 
     Items with one of the `labels` follow each other and are num_packs at most; `repeats` items at
-    most, n if not given, have the label of an earlier one.
+    most, n if not given, have the label of an earlier one. Construction goes by `weight`, and so
+    does all else but where `windows` are given and the refinement sees them.
     """
     num_layers, n = weight.shape
     if n == num_packs:
@@ -151,14 +155,20 @@ def packs(
         return jnp.broadcast_to(identity, (num_layers, n, 1))
     draw_key, refine_key = jax.random.split(key)
     drawn = _draw(strategy, draw_key, n)
+    if strategy.refinement is None or not strategy.refinement.sees_windows:
+        windows = None
 
     def layer(
-        weight: Float[Array, " n"], order: Int32[Array, " n"], label: Int32[Array, " n"] | None
+        weight: Float[Array, " n"],
+        order: Int32[Array, " n"],
+        label: Int32[Array, " n"] | None,
+        windows: Float[Array, "T n"] | None,
     ) -> Int32[Array, "m c"]:
         if num_packs == 1:
             return order[None]
         falling = weight[order], None if label is None else label[order]
-        contents = search(*falling, num_packs, strategy, drawn, refine_key)
+        seen = falling[0] if windows is None else windows[:, order]
+        contents = search(*falling, num_packs, strategy, drawn, refine_key, seen)
         contents = take_rows(order, contents)
         if label is None or _keeps_labels(strategy):
             return contents
@@ -169,7 +179,9 @@ def packs(
         order = falling_order(weight.T).T
     else:
         order = jnp.argsort(-weight, axis=1, stable=True).astype(jnp.int32)
-    return jax.vmap(layer)(weight, order, labels)
+    if windows is not None:
+        windows = all_normalised(windows)
+    return jax.vmap(layer)(weight, order, labels, windows)
 
 
 def _keeps_labels(strategy: Strategy) -> bool:
@@ -201,8 +213,12 @@ def search(
     strategy: Strategy,
     drawn: _Drawn,
     key: Key[Array, ""],
+    seen: Float[Array, "*T n"],
 ) -> Int32[Array, "m c"]:
-    """The packing that the strategy finds for one layer, whose weights fall."""
+    """The packing that the strategy finds for one layer, whose weights fall.
+
+    `seen` are the weights that refined packings are judged by: the same, or those of windows.
+    """
     if strategy.keep < strategy.num_candidates:
         kept = best(_scores(weight, num_packs, strategy, drawn), strategy.keep)
         orders = _select(weight, drawn, kept)
@@ -212,14 +228,24 @@ def search(
     if label is not None and _keeps_labels(strategy):
         contents = _uncrowded(contents, label)
     if strategy.refinement is not None:
-        contents = strategy.refinement(contents, weight, key, label)
+        contents = strategy.refinement(contents, seen, key, label)
     if strategy.keep == 1:
         return contents[..., 0]
-    units = fixed_point(weight, contents.shape[1], LOAD_BITS)
-    scores = strategy.objective(loads_of(units, contents))
+    scores = _added_up(strategy.objective, seen, contents)
     if label is not None:
         scores = (repeats_in(label[contents]), *scores)
     return contents[..., best(scores, 1)[0]]
+
+
+def _added_up(
+    objective: Objective, seen: Float[Array, "*T n"], contents: Int32[Array, "m c K"]
+) -> tuple[Num[Array, " K"], ...]:
+    """The objective of every packing, added up over windows."""
+    windows = seen.reshape(-1, seen.shape[-1])
+    bits = LOAD_BITS - index_bits(len(windows)) if len(windows) > 1 else LOAD_BITS
+    units = fixed_point(windows, contents.shape[1], bits)
+    scores = [objective(loads_of(x, contents)) for x in units]
+    return jax.tree.map(lambda *x: reduce(jnp.add, x), *scores)
 
 
 def _uncrowded(

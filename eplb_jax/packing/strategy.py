@@ -15,9 +15,9 @@ from eplb_jax.packing.construction import (
     greedy,
     quantised_greedy,
 )
-from eplb_jax.packing.exchange import Portfolio
 from eplb_jax.packing.objective import Objective, peak, spread
 from eplb_jax.packing.orders import Lpt, NoisyLpt, Order, RampedLpt, Shuffle, Zigzag
+from eplb_jax.packing.portfolio import Portfolio
 from eplb_jax.packing.refinement import Rebuild, Refinement, Swap
 from eplb_jax.packing.starts import best_start
 
@@ -121,7 +121,7 @@ STRATEGIES: Mapping[str, Strategy] = MappingProxyType(
 
 `auto` starts from the better of two packings and takes as many steps as reach parts in 10^4 of the
 proven bound; `fast` takes half of them or fewer; `best`, for plans made offline, takes many more
-from eight starts. What the steps are depends on the shape alone: see `exchange.Portfolio`.
+from eight starts. What the steps are depends on the shape alone: see `portfolio.Portfolio`.
 """
 
 

@@ -1,0 +1,118 @@
+"""What past windows say of the next: the loads to plan for, and how far they may be off.
+
+A plan for the last window fits that window alone. Loads of one traffic move together, as topics
+come and go, and packs that are even in every past window stay even in what mixes them. So plans
+are made for the windows themselves, and for a prediction that weighs the more, the better it has
+foretold them: loads that drift on their own leave no window but the last worth fitting.
+
+All in whole numbers, parts of a layer's total, so that the same windows give the same plan
+whatever the batch, the sharding and the backend.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int32
+
+from eplb_jax.packing.lanes import fixed_point
+
+MOST_WINDOWS = 16
+"""More are added up to so many stretches."""
+
+_TOTAL = 1 << 23
+"""What a window of a layer adds up to; float32 holds it exactly."""
+
+_GAINS = (0, 64, 45, 32, 19, 10)
+"""Of exponentially weighted means, in 64ths; 0 stands for the plain mean."""
+
+_TRUST = 4
+"""How many times the windows a prediction weighs that errs 1 / sqrt 2 of what the mean does."""
+
+_MOST_TRUST = 8
+_PARTS = 16
+"""Of which weights of the prediction are whole numbers."""
+
+
+class Forecast(NamedTuple):
+    """What to plan for; every window adds up to 1, but one of zeros to 0.
+
+    Attributes:
+        load: The middle of what may come.
+        above: How far above it an expert was at most; less, the more the prediction weighs.
+        windows: The T windows and the prediction, each times the root of its weight.
+    """
+
+    load: Float[Array, "L E"]
+    above: Float[Array, "L E"]
+    windows: Float[Array, "L T+1 E"]
+
+
+def forecast(windows: Float[Array, "L T E"]) -> Forecast:
+    """Of windows that are `sanitised`, oldest first.
+
+    The prediction is an exponentially weighted mean whose gain, for each layer, would have
+    foretold the past windows best, absolute errors added up.
+    """
+    share, seen = _shares(windows)
+    count = jnp.sum(seen, axis=1, dtype=jnp.int32)
+    predicted, trust = _predicted(share, seen)
+    mean = jnp.sum(share, axis=1, dtype=jnp.int32) // jnp.maximum(count, 1)
+    load = (_PARTS * mean + trust * predicted) // (_PARTS + trust)
+    above = jnp.maximum(jnp.max(share, axis=1) - load, 0).astype(jnp.float32)
+    above = above * _PARTS / (_PARTS + trust).astype(jnp.float32)
+    weight = jnp.sqrt((trust * count).astype(jnp.float32) / _PARTS)
+    fitted = jnp.concatenate(
+        [share.astype(jnp.float32), (predicted.astype(jnp.float32) * weight)[:, None]], axis=1
+    )
+    return Forecast(load.astype(jnp.float32) / _TOTAL, above / _TOTAL, fitted / _TOTAL)
+
+
+def _shares(windows: Float[Array, "L T E"]) -> tuple[Int32[Array, "L T E"], Bool[Array, "L T 1"]]:
+    """Every window in parts of `_TOTAL`, and whether it holds anything."""
+    num_experts = windows.shape[2]
+    largest = jnp.max(windows, axis=2, keepdims=True)
+    seen = largest > 0
+    units = fixed_point(windows / jnp.where(seen, largest, 1), num_experts, 30)
+    total = jnp.sum(units, axis=2, keepdims=True, dtype=jnp.int32).astype(jnp.float32)
+    share = units.astype(jnp.float32) / jnp.where(seen, total, 1) * _TOTAL
+    return share.astype(jnp.int32), seen
+
+
+def _predicted(
+    share: Int32[Array, "L T E"], seen: Bool[Array, "L T 1"]
+) -> tuple[Int32[Array, "L E"], Int32[Array, "L 1"]]:
+    """The prediction of each layer, and its weight in `_PARTS` of that of the windows."""
+    gains = jnp.asarray(_GAINS, jnp.int32)[:, None, None]
+    state = jnp.broadcast_to(share[:, 0], (len(_GAINS), *share[:, 0].shape))
+    count = seen[:, 0].astype(jnp.int32)
+    error = jnp.zeros((len(_GAINS), share.shape[0]), jnp.int32)
+    for t in range(1, share.shape[1]):
+        new, there = share[:, t], seen[:, t]
+        missed = jnp.sum(jnp.abs(new - state), axis=2, dtype=jnp.int32) // share.shape[1]
+        # The first error is that of the first window, whatever the gain.
+        error += jnp.where((there & (count > 1))[:, 0], missed, 0)
+        count += there.astype(jnp.int32)
+        change = new - state
+        to_mean = change // jnp.maximum(count, 1)
+        weighted = jnp.where(count > 1, change // 64 * gains, change)
+        state = state + jnp.where(there, jnp.where(gains == 0, to_mean, weighted), 0)
+    best = jnp.argmin(error, axis=0)
+    predicted = jnp.take_along_axis(state, best[None, :, None], axis=0)[0]
+    least = jnp.min(error, axis=0).astype(jnp.float32)
+    ratio = jnp.where(least > 0, error[0].astype(jnp.float32) / jnp.where(least > 0, least, 1), 1)
+    trust = (ratio - 1) * (ratio + 1) * (_TRUST * _PARTS)
+    trust = jnp.minimum(trust, _MOST_TRUST * _PARTS).astype(jnp.int32)
+    return predicted, trust[:, None]
+
+
+def gathered(windows: np.ndarray | jax.Array) -> np.ndarray | jax.Array:
+    """At most `MOST_WINDOWS` windows [T, L, E]: of more, consecutive ones are added up."""
+    count = windows.shape[0]
+    if windows.ndim == 2 or count <= MOST_WINDOWS:
+        return windows
+    starts = np.arange(MOST_WINDOWS) * count // MOST_WINDOWS
+    ends = [*starts[1:], count]
+    numpy = np if isinstance(windows, np.ndarray) else jnp
+    return numpy.stack([windows[i:j].sum(axis=0) for i, j in zip(starts, ends, strict=True)])

@@ -1,0 +1,171 @@
+"""What each shape of packs gains most from: blocks dealt out anew, pairs, the heaviest pack."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Int32, Key
+
+from eplb_jax.packing.exchange import Exchanges, Pairs, State, loads, repeats
+from eplb_jax.packing.lanes import first_equal, ranks, take_rows, where_equal
+from eplb_jax.packing.objective import best
+
+
+@dataclass(frozen=True)
+class Columns(Exchanges):
+    """`steps` times: take a block of items out of every pack and deal the blocks out anew.
+
+    A block is a stretch of h places from a random one on, h = 1 to c / 2 in turn. The heaviest
+    block goes to the pack with the lightest rest: for given blocks no other assignment has a
+    lighter heaviest pack or fewer squares. O(m^2 + n) a step; the best refinement for packs of
+    three to five items. Labels are not looked at, nor windows but the first.
+    """
+
+    steps: int
+    keeps_labels: ClassVar[bool] = False
+    sees_windows: ClassVar[bool] = False
+
+    def improve(self, state: State, key: Key[Array, ""], *, labelled: bool) -> State:
+        """Deal out blocks."""
+        del labelled
+        _, capacity, num_packs = state.value.shape
+        offsets = jax.random.randint(key, (self.steps, num_packs), 0, capacity, jnp.int32)
+        largest = max(capacity // 2, 1)
+        place = jnp.arange(capacity, dtype=jnp.int32)[:, None]
+
+        def dealt(i: Array | int, state: State, height: int) -> State:
+            turned = (place + offsets[i * largest + height - 1]) % capacity
+            turn = lambda x: jnp.take_along_axis(x, turned, axis=0)  # noqa: E731
+            value, item, label = turn(state.value[0]), turn(state.item), turn(state.label)
+            block, rest = (jnp.sum(x, axis=0, dtype=jnp.int32) for x in jnp.split(value, [height]))
+            taken = where_equal(ranks(rest), num_packs - 1 - ranks(block))
+            deal = lambda x: jnp.concatenate([take_rows(x[:height].T, taken).T, x[height:]])  # noqa: E731
+            return State(deal(value)[None], deal(item), deal(label))
+
+        def step(i: Array | int, state: State) -> State:
+            for height in range(1, largest + 1):
+                state = dealt(i, state, height)
+            return state
+
+        return lax.fori_loop(0, self.steps // largest, step, state) if self.steps else state
+
+
+@dataclass(frozen=True)
+class Peak(Exchanges):
+    """`steps` times: the exchange of the heaviest pack with any other that lightens it most.
+
+    Closes the cases where the largest item bounds the heaviest pack and only the smallest items,
+    which need not be in its partner of a round, bring it down. With several windows it is the
+    heaviest pack of each in turn, and the heavier of both packs is added up over windows. While
+    there are repeats, three steps of four exchange one of them instead, for what adds the least
+    load. O(T c n) a step.
+    """
+
+    steps: int
+
+    def improve(self, state: State, key: Key[Array, ""], *, labelled: bool) -> State:
+        """Lighten the heaviest pack."""
+        del key, labelled
+        return lax.fori_loop(0, self.steps, _lighten, state)
+
+
+def _lighten(i: Array | int, state: State) -> State:
+    num_windows, capacity, num_packs = state.value.shape
+    load = loads(state.value)
+    repeated = repeats(state.label).ravel()
+    number = jnp.cumsum(repeated, dtype=jnp.int32)
+    step = jnp.asarray(i, jnp.int32)
+    # Take turns, lest one repeat that cannot be removed holds up the others.
+    turn = step % jnp.maximum(number[-1], 1) + 1
+    urgent = (number[-1] > 0) & (step % 4 < 3)
+    repeat = first_equal(jnp.where(repeated, number, 0), turn)
+    seen = load[step % num_windows]
+    pack = jnp.where(urgent, repeat % num_packs, first_equal(seen, jnp.max(seen)))
+    value, label = state.value[:, :, pack], state.label[:, pack]
+
+    mine, others = load[:, pack, None], load
+    moved = value[:, :, None, None] - state.value[:, None]
+    heavier = jnp.maximum(mine[..., None, None] - moved, others[:, None, None] + moved)
+    cost = jnp.sum(heavier, axis=0, dtype=jnp.int32)
+    before = jnp.sum(jnp.maximum(mine, others), axis=0, dtype=jnp.int32)
+    same = label[:, None, None] == state.label
+    barred = jnp.any(same, axis=1, keepdims=True) | jnp.any(same, axis=0, keepdims=True)
+    place = jnp.arange(capacity, dtype=jnp.int32)
+    barred |= (urgent & (place != repeat // num_packs))[:, None, None]
+    never = jnp.iinfo(jnp.int32).max
+    cost = jnp.where(barred, never, cost)
+    by_other = jnp.min(cost, axis=0).ravel()
+    least = jnp.min(by_other)
+    other = first_equal(by_other, least)
+    place = first_equal(cost[:, other // num_packs, other % num_packs], least)
+    good = least < jnp.where(urgent, never, before[other % num_packs])
+
+    slot = jnp.arange(capacity * num_packs, dtype=jnp.int32).reshape(capacity, num_packs)
+    here, there = good & (slot == place * num_packs + pack), good & (slot == other)
+
+    def exchange(x: Int32[Array, "c m"]) -> Int32[Array, "c m"]:
+        return jnp.where(here, x.ravel()[other], jnp.where(there, x[place, pack], x))
+
+    return State(jax.vmap(exchange)(state.value), exchange(state.item), exchange(state.label))
+
+
+_MORE_ROUNDS = {3: 4, 4: 12, 5: 8, 6: 4, 7: 4, 8: 2}
+"""A pair of small packs has few exchanges, which are quickly looked at and rarely fit."""
+
+
+@dataclass(frozen=True)
+class Portfolio(Exchanges):
+    """What each shape of packs gains most from.
+
+    ======  ==================================================================================
+    c       steps
+    ======  ==================================================================================
+    2       `rounds` of `Pairs`, one for one: for repeats only, as `differencing` is optimal
+    3       `columns` of `Columns`; four times `rounds`, one for one, as two for two is one for
+            one of the third items
+    4       half of `columns`; twelve times `rounds`, two for two
+    5       a quarter of `columns`; eight times `rounds`, two for two
+    6 to 8  four, four and two times `rounds`, two for two
+    9-16    `rounds`, two for two
+    more    `rounds`, one for one
+    ======  ==================================================================================
+
+    and at the end `peaks` of `Peak`. With up to 5 items a pack and 128 in all the steps are taken
+    2 to 4 times, with other blocks, and the best packing is kept.
+
+    With several windows: three times `rounds`, eight times with up to 128 items in all, one for
+    one, and two for two with 4 or 5 items a pack.
+    """
+
+    columns: int
+    rounds: int
+    peaks: int
+
+    def improve(self, state: State, key: Key[Array, ""], *, labelled: bool) -> State:
+        """Take the steps of this shape."""
+        num_windows, capacity, num_packs = state.value.shape
+        if num_windows > 1:
+            rounds = self.rounds * (8 if capacity * num_packs <= 128 else 3)
+            state = Pairs(rounds, 4 <= capacity <= 5).improve(state, key, labelled=labelled)
+            return Peak(self.peaks).improve(state, key, labelled=labelled)
+        rounds = self.rounds * _MORE_ROUNDS.get(capacity, 1)
+        parts: list[Exchanges] = [Pairs(rounds, 4 <= capacity <= 16), Peak(self.peaks)]
+        if 3 <= capacity <= 5:
+            parts.insert(0, Columns(self.columns >> (capacity - 3)))
+
+        def chain(key: Key[Array, ""]) -> State:
+            end = state
+            for part in parts:
+                end = part.improve(end, key, labelled=labelled)
+            return end
+
+        chains = min(256 // (capacity * num_packs), 4) if 3 <= capacity <= 5 else 1
+        if chains < 2:
+            return chain(key)
+        ends = jax.vmap(chain)(jax.random.split(key, chains))
+        repeated = jnp.sum(jax.vmap(repeats)(ends.label), axis=(1, 2), dtype=jnp.int32)
+        heaviest = jnp.max(jax.vmap(loads)(ends.value), axis=2)
+        chosen = best((repeated, jnp.sum(heaviest, axis=1, dtype=jnp.int32)), 1)[0]
+        return jax.tree.map(lambda x: x[chosen], ends)
