@@ -27,6 +27,23 @@ def counted(phy2log: Int32[Array, "L R"], num_experts: int) -> Int32[Array, "L E
     return jax.vmap(lambda x: jnp.zeros(num_experts, jnp.int32).at[x].add(1))(phy2log)
 
 
+def ranks_in(phy2log: Int32[Array, "L R"]) -> Int32[Array, "L R"]:
+    """The rank of every replica among those of its expert, in the order of their slots."""
+    earlier = np.tri(phy2log.shape[1], k=-1, dtype=bool)
+    rank = lambda x: jnp.sum((x[:, None] == x) & earlier, axis=1, dtype=jnp.int32)  # noqa: E731
+    return jax.vmap(rank)(phy2log)
+
+
+def ranks_listed(log2phy: Int32[Array, "L E X"], phy2log: Int32[Array, "L R"]) -> Array:
+    """The rank of every replica, int32 [L, R], in the order in which `log2phy` lists them."""
+    slot = jnp.arange(phy2log.shape[1], dtype=jnp.int32)
+
+    def rank(listed: Int32[Array, "E X"], expert: Int32[Array, " R"]) -> Int32[Array, " R"]:
+        return jnp.argmax(listed[expert] == slot[:, None], axis=1).astype(jnp.int32)
+
+    return jax.vmap(rank)(log2phy, phy2log)
+
+
 def check_placement(placement: Placement) -> None:
     """Raise ValueError unless every expert has a slot and the three maps say the same."""
     phy2log, log2phy, logcnt = (np.asarray(x) for x in placement)

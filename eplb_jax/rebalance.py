@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int32, Key
 
+from eplb_jax.budget import plan_cost, within_budget
 from eplb_jax.forecast import forecast, gathered
 from eplb_jax.joint import counts_over_windows
 from eplb_jax.packing.distinct import repeats_in
@@ -16,7 +17,7 @@ from eplb_jax.packing.lanes import LOAD_BITS, fixed_point, index_bits, loads_of
 from eplb_jax.packing.objective import best
 from eplb_jax.packing.search import check_size, packs
 from eplb_jax.packing.strategy import Strategy, resolve
-from eplb_jax.placement import counted, place
+from eplb_jax.placement import counted, place, ranks_in, ranks_listed
 from eplb_jax.relabel import relabelled
 from eplb_jax.replication import listed, replicate
 from eplb_jax.types import Placement, Replication
@@ -26,7 +27,10 @@ from eplb_jax.validation import (
     as_count,
     as_experts,
     as_key,
+    as_limit,
     as_load,
+    as_price,
+    check_complete,
     check_divides,
     check_multiple,
     fixed_if_none,
@@ -49,8 +53,16 @@ def rebalance_experts(
     strategy: str | Strategy = "auto",
     key: Key[Array, ""] | None = None,
     previous: Placement | LoadLike | None = None,
+    max_moves: int | None = None,
+    price: float = 0.0,
 ) -> Placement:
-    """Plan where the replicas of every expert lie, from a measured load.
+    """Plan where the replicas of every expert lie, from measured loads.
+
+    Of several past windows `weight` holds one load each, and the plan is made for the next one: the
+    replicas are spread so that GPUs are even in every window and in a prediction (see
+    `eplb_jax.forecast`). What a window adds up to means nothing, and one of zeros counts for
+    nothing. Strategies whose refinement does not see windows (all but "auto", "fast" and "best")
+    plan for the middle of them, and "greedy" for their sum.
 
     The hierarchical policy keeps every group of experts on one node, as group-limited routing
     wants it: it packs groups to nodes, gives every node the same number of spares, and packs
@@ -65,7 +77,8 @@ def rebalance_experts(
     negative loads count as zero and infinite ones as the largest float32.
 
     Args:
-        weight: [L, E] loads in any unit (tokens); anything `jnp.asarray` takes.
+        weight: [L, E] loads in any unit (tokens), or [T, L, E] of T windows, oldest first; anything
+            `jnp.asarray` takes. Of more than 16 windows consecutive ones are added up.
         num_replicas: R, physical slots of a layer; a multiple of num_gpus, at least E.
         num_groups: Groups of consecutive experts; divides E.
         num_nodes: N; divides num_gpus and, for the hierarchical policy, num_groups.
@@ -77,6 +90,12 @@ def rebalance_experts(
         previous: The plan in place, or its phy2log [L, R]. GPUs of a node, and nodes, are named
             so that as many experts as possible stay on their GPU, and those keep their slot;
             loads per GPU are the same as without it. Under the global policy nodes do not count.
+        max_moves: At most so many slots of a layer are fetched from another GPU: the plan is made
+            from `previous` by the exchanges of two slots and the changes of one that even loads
+            most for each copy. 0 keeps `previous` as it is.
+        price: What a fetched slot costs in imbalance (heaviest / mean GPU - 1) of its layer: the
+            plan is the best on that way in imbalance + price x moves, and None of `max_moves`
+            then sets no limit.
 
     Returns:
         The plan: the expert in every slot, int32 [L, R]; the slots of every expert, int32
@@ -85,7 +104,9 @@ def rebalance_experts(
     Raises:
         TypeError: An argument is of the wrong kind.
         ValueError: Numbers do not divide as they must, the policy or strategy is not known,
-            `weight` is not [L, E], or a load is NaN, infinite or negative.
+            `weight` is neither [L, E] nor [T, L, E], a load is NaN, infinite or negative,
+            `previous` is of another shape or lacks an expert, or `max_moves` or `price` is negative
+            or given without `previous`.
 
     Example:
         >>> plan = rebalance_experts([[90, 30, 20, 10]], 6, 1, 1, 3)
@@ -96,7 +117,8 @@ def rebalance_experts(
         DeepSeek-AI, EPLB (github.com/deepseek-ai/EPLB): the function of this name.
     """
     counts = num_replicas, num_groups, num_nodes, num_gpus
-    options = {"policy": policy, "strategy": strategy, "key": key, "previous": previous}
+    options = {"policy": policy, "strategy": strategy, "key": key}
+    options |= {"previous": previous, "max_moves": max_moves, "price": price}
     return place(place_replicas(weight, *counts, **options))
 
 
@@ -111,6 +133,8 @@ def place_replicas(
     strategy: str | Strategy = "auto",
     key: Key[Array, ""] | None = None,
     previous: Placement | LoadLike | None = None,
+    max_moves: int | None = None,
+    price: float = 0.0,
 ) -> Replication:
     """`rebalance_experts`, with the rank of every replica in place of the large `log2phy`.
 
@@ -123,10 +147,20 @@ def place_replicas(
     load = gathered(as_load(weight, "weight", windows=True))
     topology = _topology(load.shape[-1], num_replicas, num_groups, num_nodes, num_gpus, policy)
     options = {"topology": topology, "strategy": resolve(strategy)}
+    limited = max_moves is not None or not (isinstance(price, (int, float)) and price == 0)
     if previous is None:
+        if limited:
+            name = "price" if max_moves is None else "max_moves"
+            raise ValueError(f"{name} needs previous, the plan in place, got None")
         return _place_replicas(load, as_key(key), **options)
     shape = load.shape[-2], topology.num_replicas
     old = as_experts(previous, "previous", shape, load.shape[-1])
+    if limited:
+        check_complete(old, load.shape[-1], "previous")
+        most = topology.num_replicas if max_moves is None else max_moves
+        limits = as_limit("max_moves", most), as_price("price", price)
+        log2phy = previous.log2phy if isinstance(previous, Placement) else None
+        return _improved(load, as_key(key), old, log2phy, *limits, **options)
     new = _place_replicas(load, as_key(key), **options)
     return relabelled(new, old, num_gpus=topology.num_gpus, num_nodes=topology.num_nodes)
 
@@ -202,6 +236,40 @@ def _place_replicas(
     phy2log = jnp.take_along_axis(experts, replicas.expert, axis=1).reshape(-1, num_replicas)
     rank = replicas.rank.reshape(-1, num_replicas)
     return Replication(phy2log, rank, counted(phy2log, num_experts))
+
+
+@partial(jax.jit, static_argnames=("topology", "strategy"))
+def _improved(
+    weight: Float[Array, "*T L E"],
+    key: Key[Array, ""] | None,
+    old: Int32[Array, "L R"],
+    log2phy: Int32[Array, "L E X"] | None,
+    max_moves: Int32[Array, ""],
+    price: Float[Array, ""],
+    *,
+    topology: _Topology,
+    strategy: Strategy,
+) -> Replication:
+    """The plan in place, improved within limits.
+
+    Of one window, a plan from nothing is taken instead where it is better and as near; of several
+    it fits them better and the next worse, as the old plan remembers more windows than are given.
+    """
+    outlook = _outlook(weight, strategy)
+    gpus = {"num_gpus": topology.num_gpus, "num_nodes": topology.num_nodes}
+    seen = outlook.load[:, None] if outlook.windows is None else outlook.windows
+    expert, cost = within_budget(seen, old, max_moves, price, **gpus)
+    if outlook.windows is None:
+        new = _place_replicas(weight, key, topology=topology, strategy=strategy)
+        fresh = relabelled(new, old, **gpus).phy2log
+        moves, off = plan_cost(seen, fresh, old, num_gpus=topology.num_gpus)
+        better = (moves <= max_moves) & (off + price * moves.astype(jnp.float32) < cost)
+        expert = jnp.where(better[:, None], fresh, expert)
+    rank = ranks_in(expert)
+    if log2phy is not None:
+        same = jnp.all(expert == old, axis=1, keepdims=True)
+        rank = jnp.where(same, ranks_listed(log2phy, old), rank)
+    return Replication(expert, rank, counted(expert, outlook.load.shape[1]))
 
 
 class _Outlook(NamedTuple):

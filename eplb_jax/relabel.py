@@ -47,7 +47,7 @@ def relabelled(
         gpu = inside[jnp.arange(num_nodes, dtype=jnp.int32), node] + gpus_of_node * node[:, None]
         pack = gpu.reshape(num_gpus)
         expert, rank = (x.reshape(num_gpus, capacity)[pack] for x in (expert, rank))
-        slot = jax.vmap(_slots)(expert, old.reshape(num_gpus, capacity))
+        slot = jax.vmap(slots_kept)(expert, old.reshape(num_gpus, capacity))
         expert, rank = (jnp.take_along_axis(x, slot, axis=1) for x in (expert, rank))
         return expert.ravel(), rank.ravel()
 
@@ -61,7 +61,7 @@ def _held(expert: Int32[Array, "m c"], num_experts: int) -> Array:
     return empty.at[jnp.arange(expert.shape[0], dtype=jnp.int32)[:, None], expert].set(1)
 
 
-def _slots(new: Int32[Array, " c"], old: Int32[Array, " c"]) -> Int32[Array, " c"]:
+def slots_kept(new: Int32[Array, " c"], old: Int32[Array, " c"]) -> Int32[Array, " c"]:
     """Which of the new experts goes to every slot: where it was, the others in turn."""
     same = (old[:, None] == new) & _first(new)
     stays = same & _first(old)[:, None]  # slot by expert, at most one in a row and in a column

@@ -97,6 +97,41 @@ def as_experts(
     return jnp.asarray(array, jnp.int32)
 
 
+def check_complete(experts: Int32[Array, "L R"], num_experts: int, name: str) -> None:
+    """Raise ValueError if a layer lacks an expert, where that can be seen."""
+    if isinstance(experts, Tracer):
+        return
+    for layer, held in enumerate(np.asarray(experts)):
+        for expert in np.setdiff1d(np.arange(num_experts), held)[:1]:
+            raise ValueError(f"{name} has no slot for expert {expert} in layer {layer}")
+
+
+def as_limit(name: str, value: SupportsIndex | Array) -> Int32[Array, ""]:
+    """A whole number that is not negative."""
+    if isinstance(value, Tracer):
+        return value.astype(jnp.int32)
+    try:
+        count = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be a whole number, got {value!r}") from None
+    if count < 0:
+        raise ValueError(f"{name}={count} is negative; nearest: 0")
+    return jnp.asarray(min(count, np.iinfo(np.int32).max), jnp.int32)
+
+
+def as_price(name: str, value: float | Array) -> Float[Array, ""]:
+    """A number that is finite and not negative."""
+    if isinstance(value, Tracer):
+        return value.astype(jnp.float32)
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} must be a number, got {value!r}") from None
+    if not 0 <= number <= np.finfo(np.float32).max:
+        raise ValueError(f"{name}={number} must be finite and not negative; nearest: 0")
+    return jnp.asarray(number, jnp.float32)
+
+
 def _to_numpy(value: LoadLike, name: str) -> np.ndarray:
     try:
         return np.asarray(value)
