@@ -1,0 +1,305 @@
+"""Synthetic traces: loads that change over windows in a known way.
+
+For tests and comparisons where no measured trace will do: how skewed the loads are, and how they
+change, is chosen, not found.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Literal, NamedTuple, SupportsFloat, SupportsIndex, get_args
+
+import numpy as np
+from jaxtyping import Float, Int64
+
+from eplb_jax.validation import as_count, check_divides
+
+Kind = Literal["stationary", "drift", "topics", "bursts"]
+
+_CHANGE = {"drift": 0.1, "topics": 0.1, "bursts": 0.2}
+"""What `change` is unless given."""
+
+_MOST_SKEW = 64
+"""Of log popularity; far beyond it one expert is nothing to the next."""
+
+_LEAST_LOG = -600.0
+"""Of a popularity, relative to the largest: no share is zero."""
+
+_TOLERANCE = 0.01
+"""How far off the balancedness asked for a trace may be: noise makes it jump with the skew."""
+
+_CLOSE = 0.001
+"""How far off it is not worth another step."""
+
+_SKEWS = (0.0, *np.geomspace(0.5, _MOST_SKEW, 13).tolist())
+"""Tried until one is too large."""
+
+_FINE = 0.001
+"""Of a skew: bisection goes no further."""
+
+_NEARBY = np.linspace(0.7, 1.4, 141).tolist()
+"""Times the skew found: few tokens make balancedness jump."""
+
+_BURST_EXPERTS = 3
+"""At most, with one burst."""
+
+_BURST_WINDOWS = 4
+"""At most, of one burst."""
+
+_BURST_LOAD = (3, 8)
+"""What the load of an expert is multiplied by, from and to."""
+
+
+class _Process(NamedTuple):
+    """Popularity is the mixture of the shares that topics give experts, each shifted in logs."""
+
+    log_popularity: Float[np.ndarray, "topics L E"]
+    mixture: Float[np.ndarray, "T topics"]
+    shift: Float[np.ndarray, "#T #L #E"]
+
+
+def generate(
+    kind: Kind,
+    num_windows: SupportsIndex,
+    num_layers: SupportsIndex,
+    num_experts: SupportsIndex,
+    *,
+    tokens: SupportsIndex = 8192,
+    top_k: SupportsIndex = 8,
+    skew: SupportsFloat = 1.0,
+    balancedness: SupportsFloat | None = None,
+    num_gpus: SupportsIndex | None = None,
+    change: SupportsFloat | None = None,
+    topics: SupportsIndex = 4,
+    seed: SupportsIndex = 0,
+) -> Int64[np.ndarray, "T L E"]:
+    """Draw the tokens routed to every expert in every window.
+
+    Experts have popularities, lognormal and independent, in all kinds; kinds differ in how these
+    change from window to window:
+
+    - stationary: not at all; windows differ by sampling noise.
+    - drift: the log popularity of every expert does a random walk of its own.
+    - topics: every topic has popularities of its own, and the mixture of topics, the same for all
+      layers, changes: in every window a part of it gives way to one topic drawn at random.
+    - bursts: now and then one to three experts of a layer get 3 to 8 times their load, for one to
+      four windows.
+
+    Every layer of every window adds up to `tokens` times `top_k`. No expert gets more than
+    `tokens`, as the `top_k` experts of a token are distinct: shares above 1 / `top_k` are cut to
+    it and the others grow in proportion. Equal arguments give equal traces.
+
+    Args:
+        kind: One of the above.
+        num_windows: T.
+        num_layers: L.
+        num_experts: E.
+        tokens: In a window.
+        top_k: Experts of a token; at most E.
+        skew: Standard deviation of log popularity, 0 to 64; with drift, that of the first window.
+            Not used with `balancedness`.
+        balancedness: Instead of `skew`: what mean GPU / heaviest GPU shall be, in the mean over
+            windows and layers, where no expert is replicated and experts lie in order. Met to
+            within 0.01, mostly 0.001. Found by bisection, as popularities are the same draws
+            scaled whatever the skew.
+        num_gpus: G, for `balancedness`: E / G experts lie on each. None: E.
+        change: How much changes in a window. Drift: standard deviation of the step of a log
+            popularity, 0 to 64, by default 0.1. Topics: part of the mixture that is renewed, 0
+            to 1, by default 0.1. Bursts: probability that one starts in a layer, 0 to 1, by
+            default 0.2. Stationary: None.
+        topics: How many, for that kind.
+        seed: Of all draws; not negative.
+
+    Returns:
+        Counts of routed tokens, oldest window first.
+
+    Raises:
+        TypeError: An argument is not a number.
+        ValueError: The kind is not known, a number is out of range, or the balancedness cannot be
+            reached: sampling noise and change limit it from above, `top_k` from below.
+
+    Example:
+        >>> trace = generate("drift", 3, 2, 16, tokens=100, top_k=4, skew=0.5)
+        >>> trace.shape
+        (3, 2, 16)
+        >>> bool(np.all(trace.sum(axis=2) == 400)), bool(trace.max() <= 100)
+        (True, True)
+    """
+    if kind not in get_args(Kind):
+        known = ", ".join(get_args(Kind))
+        raise ValueError(f"kind={kind!r} is not known; choose one of: {known}")
+    shape = (
+        as_count("num_windows", num_windows),
+        as_count("num_layers", num_layers),
+        as_count("num_experts", num_experts),
+    )
+    top_k = as_count("top_k", top_k)
+    if top_k > shape[2]:
+        raise ValueError(f"top_k={top_k} is more than num_experts={shape[2]}; nearest: {shape[2]}")
+    tokens, most = as_count("tokens", tokens), (1 << 53) // top_k
+    if tokens > most:
+        raise ValueError(f"tokens={tokens} is more than {most}; nearest: {most}")
+    num_gpus = shape[2] if num_gpus is None else as_count("num_gpus", num_gpus)
+    check_divides("num_gpus", num_gpus, "num_experts", shape[2])
+    skew = _number("skew", skew, 0, _MOST_SKEW)
+    topics = as_count("topics", topics)
+    change = _change(kind, change)
+    draws, sampling = np.random.SeedSequence(_seed(seed)).spawn(2)
+    process = _process(kind, shape, change, topics, np.random.default_rng(draws))
+
+    def trace(skew: float) -> Int64[np.ndarray, "T L E"]:
+        share = _share(process, skew, top_k)
+        return _sampled(share, tokens, top_k, np.random.default_rng(sampling))
+
+    if balancedness is None:
+        return trace(skew)
+    return _balanced(trace, _number("balancedness", balancedness), num_gpus)
+
+
+def _number(
+    name: str, value: SupportsFloat, least: float = -math.inf, most: float = math.inf
+) -> float:
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} must be a number, got {value!r}") from None
+    if math.isnan(number) and math.isinf(most):
+        raise ValueError(f"{name}={number} is not a number")
+    if not least <= number <= most:
+        nearest = min(most, max(least, number))
+        raise ValueError(f"{name}={number} is not from {least} to {most}; nearest: {nearest}")
+    return number
+
+
+def _change(kind: Kind, change: SupportsFloat | None) -> float:
+    if kind not in _CHANGE:
+        if change is not None:
+            raise ValueError(f"change={change} has no meaning for kind={kind!r}; nearest: None")
+        return 0.0
+    if change is None:
+        return _CHANGE[kind]
+    return _number("change", change, 0, _MOST_SKEW if kind == "drift" else 1)
+
+
+def _seed(seed: SupportsIndex) -> int:
+    try:
+        number = seed.__index__()
+    except AttributeError:
+        raise TypeError(f"seed must be a whole number, got {seed!r}") from None
+    if number < 0:
+        raise ValueError(f"seed={number} is less than 0; nearest: 0")
+    return number
+
+
+def _process(
+    kind: Kind, shape: tuple[int, int, int], change: float, topics: int, rng: np.random.Generator
+) -> _Process:
+    num_windows, num_layers, num_experts = shape
+    mixed = topics if kind == "topics" else 1
+    log_popularity = rng.standard_normal((mixed, num_layers, num_experts))
+    mixture, shift = np.ones((num_windows, 1)), np.zeros((1, 1, 1))
+    if kind == "drift":
+        shift = change * rng.standard_normal(shape)
+        shift[0] = 0
+        shift = np.cumsum(shift, axis=0)
+    elif kind == "topics":
+        mixture = _mixture(num_windows, topics, change, rng)
+    elif kind == "bursts":
+        shift = _bursts(shape, change, rng)
+    return _Process(log_popularity, mixture, shift)
+
+
+def _mixture(
+    num_windows: int, topics: int, change: float, rng: np.random.Generator
+) -> Float[np.ndarray, "T topics"]:
+    """An autoregressive process whose innovations are single topics."""
+    mixture = np.empty((num_windows, topics))
+    mixture[0] = rng.dirichlet(np.ones(topics))
+    for t in range(1, num_windows):
+        mixture[t] = (1 - change) * mixture[t - 1]
+        mixture[t, rng.integers(topics)] += change
+    return mixture
+
+
+def _bursts(
+    shape: tuple[int, int, int], change: float, rng: np.random.Generator
+) -> Float[np.ndarray, "T L E"]:
+    """The log of what loads are multiplied by; where bursts meet, the larger counts."""
+    num_windows, num_layers, num_experts = shape
+    before = _BURST_WINDOWS - 1  # so that the first window is in the middle of bursts too
+    factor = np.ones((before + num_windows, num_layers, num_experts))
+    for t, layer in np.argwhere(rng.random(factor.shape[:2]) < change):
+        hit = min(rng.integers(1, _BURST_EXPERTS, endpoint=True), num_experts)
+        experts = rng.choice(num_experts, hit, replace=False)
+        times = slice(t, t + rng.integers(1, _BURST_WINDOWS, endpoint=True))
+        boosted = np.maximum(factor[times, layer, experts], rng.uniform(*_BURST_LOAD))
+        factor[times, layer, experts] = boosted
+    return np.log(factor[before:])
+
+
+def _share(process: _Process, skew: float, top_k: int) -> Float[np.ndarray, "T L E"]:
+    """The expected part of every expert in the load of its layer."""
+    log = skew * process.log_popularity + process.shift[:, None]
+    return np.sum(process.mixture[:, :, None, None] * _capped(log, top_k), axis=1)
+
+
+def _capped(log: Float[np.ndarray, "... E"], top_k: int) -> Float[np.ndarray, "... E"]:
+    """Shares in proportion to popularity, but none above 1 / top_k."""
+    popularity = np.exp(np.maximum(log - log.max(axis=-1, keepdims=True), _LEAST_LOG))
+    rising = np.sort(popularity, axis=-1)
+    # Of the i-th heaviest and all lighter ones; adding up from the lightest loses nothing.
+    rest = np.cumsum(rising, axis=-1)[..., ::-1]
+    place = np.arange(log.shape[-1])
+    fits = rising[..., ::-1] * (top_k - place) <= rest
+    full = np.argmax(fits, axis=-1)[..., None]
+    scale = (top_k - full) / (top_k * np.take_along_axis(rest, full, axis=-1))
+    return np.minimum(popularity * scale, 1 / top_k)
+
+
+def _sampled(
+    share: Float[np.ndarray, "T L E"], tokens: int, top_k: int, rng: np.random.Generator
+) -> Int64[np.ndarray, "T L E"]:
+    """Multinomial counts; what noise puts on an expert above `tokens` is drawn again."""
+    load = rng.multinomial(tokens * top_k, share)
+    while True:
+        excess = np.maximum(load - tokens, 0).sum(axis=-1)
+        over = excess > 0
+        if not over.any():
+            return load
+        load = np.minimum(load, tokens)
+        # Every round fills at least one expert more.
+        free = np.where(load[over] < tokens, share[over], 0)
+        load[over] += rng.multinomial(excess[over], free / free.sum(axis=-1, keepdims=True))
+
+
+def _balanced(
+    trace: Callable[[float], Int64[np.ndarray, "T L E"]], target: float, num_gpus: int
+) -> Int64[np.ndarray, "T L E"]:
+    """The trace of that balancedness, by bisection over skew and then a look around."""
+    nearest, found = math.inf, None
+
+    def visit(skew: float) -> float:
+        nonlocal nearest, found
+        load = trace(skew)
+        reached = _balancedness(load, num_gpus)
+        if found is None or abs(reached - target) < abs(nearest - target):
+            nearest, found = reached, load
+        return reached
+
+    place = next((i for i, skew in enumerate(_SKEWS) if visit(skew) <= target), None)
+    if place:
+        low, high = _SKEWS[place - 1 : place + 1]
+        while high - low > _FINE * high:
+            middle = (low + high) / 2
+            low, high = (middle, high) if visit(middle) > target else (low, middle)
+        for times in _NEARBY:
+            if abs(nearest - target) <= _CLOSE:
+                break
+            visit(times * high)
+    if found is None or abs(nearest - target) > _TOLERANCE:
+        raise ValueError(f"balancedness={target} cannot be reached; nearest: {nearest:.4g}")
+    return found
+
+
+def _balancedness(load: Int64[np.ndarray, "T L E"], num_gpus: int) -> float:
+    gpu_load = load.reshape(*load.shape[:2], num_gpus, -1).sum(axis=-1)
+    return float(np.mean(gpu_load.mean(axis=-1) / gpu_load.max(axis=-1)))
