@@ -2,12 +2,16 @@
 
 `rebalance_experts` plans where the replicas of every expert of a mixture-of-experts model lie;
 `balanced_packing` and `replicate_experts` are its two halves, `metrics.balance` measures a
-plan, `moves` says what it takes to put it in place of another, and `loads` reads measured loads.
-The axes are named in `eplb_jax.types`.
+plan, `moves` says what it takes to put it in place of another and `decide` whether to. `loads`
+reads measured loads, `traces` makes up others and `replay` plays them through. The axes are named
+in `eplb_jax.types`.
 """
 
 from eplb_jax import loads as loads
 from eplb_jax import metrics as metrics
+from eplb_jax import traces as traces
+from eplb_jax.decision import Decision as Decision
+from eplb_jax.decision import decide as decide
 from eplb_jax.packing.bounds import packing_bound as packing_bound
 from eplb_jax.packing.bounds import plan_bound as plan_bound
 from eplb_jax.packing.search import balanced_packing as balanced_packing

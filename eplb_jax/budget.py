@@ -92,7 +92,7 @@ def within_budget(
             view = view_of(walk.expert)
             walk = noted(walk, view)
             options = _exchange(view, walk.failed), _change(view)
-            rate = [x.gain / jnp.maximum(x.moves, 0.5) for x in options]
+            rate = [x.gain / _at_least_half(x.moves) for x in options]
             first = rate[0] >= rate[1]
             chosen = jax.tree.map(lambda x, y: jnp.where(first, x, y), *options)
             good = chosen.gain > 0
@@ -162,6 +162,11 @@ def _imbalance(loads: Float[Array, "T m"]) -> Float[Array, ""]:
     return jnp.where(mean > 0, heaviest / jnp.where(mean > 0, mean, 1), 1) - 1
 
 
+def _at_least_half(moves: Int32[Array, "..."]) -> Float[Array, "..."]:
+    """What gains are divided by: a change that fetches nothing is worth twice one that does."""
+    return jnp.maximum(moves.astype(jnp.float32), 0.5)
+
+
 def _largest(x: Float[Array, "*m n"]) -> Int32[Array, "*m"]:
     """Where the largest of every row stands first."""
     x = unfused(x)
@@ -191,7 +196,7 @@ def _exchange(view: _View, failed: Int32[Array, ""]) -> _Step:
     known = jnp.any(mine[:, None, None] == expert, axis=2)  # [c, m]: there already
     known_here = jnp.any(expert[:, :, None] == mine, axis=2)  # [m, c]
     barred = known[:, :, None] | known_here | ~view.near[gpu][:, None] | (moves > view.left)
-    rate = jnp.where(barred, -_NEVER, gain) / jnp.maximum(moves, 0.5)
+    rate = jnp.where(barred, -_NEVER, gain) / _at_least_half(moves)
     best = _largest(rate.ravel())
     here, there = best // (num_gpus * size), best % (num_gpus * size)
     flat, slot = expert.ravel(), gpu * size + here
@@ -239,5 +244,5 @@ def _change(view: _View) -> _Step:
     exact = -jnp.sum(change * (2 * loads[:, None] + change), axis=(0, 2))  # [m]
     exact = jnp.where(barred[gpu, wanted], -1.0, exact)
     spent = moves[gpu, wanted]
-    one = _largest(exact / jnp.maximum(spent, 0.5))
+    one = _largest(exact / _at_least_half(spent))
     return _Step(exact[one], spent[one], expert.at[one, slot[one]].set(wanted[one]))

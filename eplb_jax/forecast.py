@@ -90,7 +90,7 @@ def _predicted(
     error = jnp.zeros((len(_GAINS), share.shape[0]), jnp.int32)
     for t in range(1, share.shape[1]):
         new, there = share[:, t], seen[:, t]
-        missed = jnp.sum(jnp.abs(new - state), axis=2, dtype=jnp.int32) // share.shape[1]
+        missed = jnp.sum(jnp.abs(new - state), axis=2, dtype=jnp.int32) // MOST_WINDOWS
         # The first error is that of the first window, whatever the gain.
         error += jnp.where((there & (count > 1))[:, 0], missed, 0)
         count += there.astype(jnp.int32)

@@ -52,6 +52,18 @@ def balance(load: LoadLike, placement: Placement, num_gpus: int) -> Balance:
         >>> balance([[100, 200]], plan, 2).balancedness.tolist()
         [0.75]
     """
+    return evenness(gpu_loads(load, placement, num_gpus))
+
+
+def gpu_loads(load: LoadLike, placement: Placement, num_gpus: int) -> Float[Array, "L G"]:
+    """The load of every GPU, in the unit of the load. Arguments and errors are those of `balance`.
+
+    Example:
+        >>> import eplb_jax
+        >>> plan = eplb_jax.rebalance_experts([[100, 200]], 2, 1, 1, 2)
+        >>> gpu_loads([[100, 200]], plan, 2).tolist()
+        [[100.0, 200.0]]
+    """
     array = as_load(load, "load")
     if placement.logcnt.shape != array.shape:
         raise ValueError(
@@ -59,7 +71,7 @@ def balance(load: LoadLike, placement: Placement, num_gpus: int) -> Balance:
         )
     num_gpus = as_count("num_gpus", num_gpus)
     check_divides("num_gpus", num_gpus, "number of slots", placement.phy2log.shape[1])
-    return _balance(array, placement, num_gpus=num_gpus)
+    return _gpu_loads(array, placement, num_gpus=num_gpus)
 
 
 def gap(load: LoadLike, placement: Placement, num_gpus: int) -> Float[Array, " L"]:
@@ -80,12 +92,14 @@ def gap(load: LoadLike, placement: Placement, num_gpus: int) -> Float[Array, " L
 
 
 @partial(jax.jit, static_argnames="num_gpus")
-def _balance(load: Float[Array, "L E"], placement: Placement, *, num_gpus: int) -> Balance:
+def _gpu_loads(
+    load: Float[Array, "L E"], placement: Placement, *, num_gpus: int
+) -> Float[Array, "L G"]:
     per_replica = load / placement.logcnt.astype(jnp.float32)
     per_slot = jnp.take_along_axis(per_replica, placement.phy2log, axis=1)
     num_layers, num_slots = per_slot.shape
     by_gpu = per_slot.reshape(num_layers, num_gpus, num_slots // num_gpus)
-    return evenness(jnp.sum(by_gpu, axis=2))
+    return jnp.sum(by_gpu, axis=2)
 
 
 def evenness(gpu_load: Float[Array, "L G"]) -> Balance:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.core import Tracer
-from jaxtyping import Array, Int32
+from jaxtyping import Array, Int32, Int64
 
 from eplb_jax.packing.lanes import first_equal
 from eplb_jax.types import Placement
@@ -28,8 +28,7 @@ class Moves(NamedTuple):
     Attributes:
         source: The old slot that every new slot takes its expert from; its own where it stays.
         reach: How far that is: `STAYS`, `SAME_GPU`, `SAME_NODE` or `OTHER_NODE`.
-        copies: How many slots of a layer have each reach; times the bytes of an expert's
-            parameters they are the bytes copied.
+        copies: How many slots of a layer have each reach.
         sent: How many copies a GPU sends to others.
         received: How many it gets from others.
     """
@@ -39,6 +38,24 @@ class Moves(NamedTuple):
     copies: Int32[Array, "L 4"]
     sent: Int32[Array, "L G"]
     received: Int32[Array, "L G"]
+
+    def traffic(self, bytes_per_expert: int) -> "Traffic":
+        """The same in bytes, in int64: an int32 would wrap at 50 copies of 44 MB.
+
+        Example:
+            >>> moves([[0, 1, 2, 3]], [[0, 2, 3, 2]], 2).traffic(44_040_192).received.tolist()
+            [[44040192, 0]]
+        """
+        size = as_count("bytes_per_expert", bytes_per_expert)
+        return Traffic(*(np.asarray(x, np.int64) * size for x in self[2:]))
+
+
+class Traffic(NamedTuple):
+    """`Moves` in bytes: of every reach, and sent to and received from other GPUs."""
+
+    copies: Int64[np.ndarray, "L 4"]
+    sent: Int64[np.ndarray, "L G"]
+    received: Int64[np.ndarray, "L G"]
 
 
 def moves(

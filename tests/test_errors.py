@@ -61,8 +61,16 @@ def plan(load=LOAD, replicas=16, groups=4, nodes=2, gpus=8, **options):
             "40000 items are too many to pack; nearest: 32768",
         ),
         (lambda: replicate_experts(LOAD, 11), "num_phy=11 is less than 12; nearest: 12"),
-        (lambda: plan(np.ones(12)), r"weight must have the shape \[layers, experts\], got \(12,\)"),
-        (lambda: plan(np.ones((2, 3, 4))), r"weight must have the shape .* got \(2, 3, 4\)"),
+        (
+            lambda: plan(np.ones(12)),
+            r"the shape \[layers, experts\] or \[windows, layers, experts\], got \(12,\)",
+        ),
+        (lambda: plan(np.ones((2, 3, 4, 5))), r"weight must have the shape .* got \(2, 3, 4, 5\)"),
+        (
+            lambda: plan(np.ones((0, 3, 4))),
+            r"weight must have the shape \[windows, layers, experts\], got \(0, 3, 4\)",
+        ),
+        (lambda: replicate_experts(np.ones((2, 3, 4)), 5), r"the shape .* got \(2, 3, 4\)"),
         (lambda: plan(np.ones((2, 0))), r"weight must have the shape .* got \(2, 0\)"),
         (lambda: plan([[1, 2], [3]]), "weight is not a rectangular array"),
     ],

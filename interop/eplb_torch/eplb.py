@@ -10,6 +10,7 @@ XLA_CLIENT_MEM_FRACTION) asks for that; JAX_PLATFORMS=cpu keeps JAX off them alt
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -137,15 +138,18 @@ def rebalance_experts(
     seed: int = 0,
     device: Device = None,
     previous: torch.Tensor | None = None,
+    max_moves: int | None = None,
+    price: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Plan where the replicas of every expert lie, from a measured load.
+    """Plan where the replicas of every expert lie, from measured loads.
 
     With ``strategy="greedy"`` the plan is DeepSeek's, bit for bit where no loads tie; among ties,
     as all replicas of one expert are, the lowest index goes first. All other strategies balance
     better, and hold no expert twice on a GPU where that can be avoided.
 
     Args:
-        weight: [L, E] loads in any unit (tokens) and of any real dtype.
+        weight: [L, E] loads in any unit (tokens) and of any real dtype, or [T, L, E] of T past
+            windows, oldest first: the plan is then made for the next.
         num_replicas: R, physical slots of a layer; a multiple of num_gpus, at least E.
         num_groups: Groups of consecutive experts; divides E.
         num_nodes: N; divides num_gpus and, for the hierarchical policy, num_groups.
@@ -156,6 +160,8 @@ def rebalance_experts(
         seed: Where the strategy draws at random: the same seed gives the same plan.
         device: Where to compute; None: the CPU.
         previous: [L, R], the expert in every slot until now: as many as possible stay.
+        max_moves: At most so many slots of a layer are fetched from another GPU.
+        price: What a fetched slot costs in imbalance of its layer.
 
     Returns:
         The expert in every slot, [L, R]; the slots of every expert, [L, E, X] with X the most
@@ -171,7 +177,9 @@ def rebalance_experts(
         tensor([[0, 3, 0, 3, 1, 2]])
     """
     counts = num_replicas, num_groups, num_nodes, num_gpus
-    phy2log, rank, logcnt = _plan(weight, counts, policy, strategy, seed, device, previous)
+    slots = None if previous is None else previous.detach().cpu().numpy()
+    change = {"previous": slots, "max_moves": max_moves, "price": price}
+    phy2log, rank, logcnt = _plan(weight, counts, policy, strategy, seed, device, **change)
     log2phy = _slots_of(np.asarray(phy2log), np.asarray(rank), np.asarray(logcnt))
     log2phy = torch.from_numpy(log2phy).to(weight.device)
     return map_for(weight, phy2log), log2phy, map_for(weight, logcnt)
@@ -196,7 +204,7 @@ def preload(
     configuration (x64).
 
     Args:
-        shape: (L, E) of the loads to come.
+        shape: (L, E), or (T, L, E), of the loads to come.
         num_replicas: R, as all that follow, of the calls to come.
         num_groups: Groups of experts.
         num_nodes: N.
@@ -232,13 +240,12 @@ def _plan(
     strategy: str | Strategy,
     seed: int,
     device: Device,
-    previous: torch.Tensor | None = None,
+    **change: Any,
 ) -> eplb_jax.Replication:
     target = compute_device(device)
-    slots = None if previous is None else previous.detach().cpu().numpy()
-    options = {"policy": policy, "strategy": strategy, "key": _key(seed), "previous": slots}
+    options = {"policy": policy, "strategy": strategy, "key": _key(seed)}
     with jax.default_device(target):
-        return place_replicas(load_for(target, weight), *counts, **options)
+        return place_replicas(load_for(target, weight), *counts, **options, **change)
 
 
 def _key(seed: int) -> jax.Array | None:

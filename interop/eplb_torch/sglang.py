@@ -26,7 +26,8 @@ def rebalance_experts(
     """Plan from measured loads, with SGLang's arguments.
 
     Args:
-        tokens_per_expert: [T, L, E], loads of T steps, which are added up, or [L, E].
+        tokens_per_expert: [T, L, E], loads of T steps, oldest first, which are added up to at most
+            16 windows, and for "greedy" to one, as SGLang does; or [L, E].
         num_physical_experts: R, physical slots of a layer.
         num_local_physical_experts: Slots of one GPU; divides R.
         num_groups: Groups of consecutive experts; None for a model without.
@@ -55,7 +56,8 @@ def rebalance_experts(
     replicas = as_count("num_physical_experts", num_physical_experts)
     check_divides("num_local_physical_experts", slots, "num_physical_experts", replicas)
     load = tokens_per_expert
-    if isinstance(load, torch.Tensor) and load.ndim == 3 and not load.is_complex():
+    in_one = isinstance(load, torch.Tensor) and load.ndim == 3 and not load.is_complex()
+    if in_one and not resolve(strategy).distinct:
         load = load.sum(dim=0, dtype=torch.float64 if load.is_floating_point() else torch.int64)
     return eplb_torch.eplb.rebalance_experts(
         load,

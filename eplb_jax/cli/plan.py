@@ -1,67 +1,43 @@
-"""The command line: `eplb-jax plan`. Needs the extra `cli`."""
+"""`eplb-jax plan`: one plan from one measured load."""
 
-import contextlib
 import json
-import os
-import sys
-import tempfile
 import time
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, BinaryIO, NoReturn, cast
+from typing import Annotated, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import typer
+from rich.console import Console
+from rich.table import Table
 
-from eplb_jax import loads
+from eplb_jax.cli.arguments import FILES, Gpus, Groups, Nodes, PolicyName, Replicas, load_of, told
+from eplb_jax.cli.files import check_drawable, check_writable, write_figure, write_whole
 from eplb_jax.metrics import Balance, balance, evenness, gap
 from eplb_jax.packing.strategy import STRATEGIES
 from eplb_jax.placement import check_placement
-from eplb_jax.rebalance import POLICIES, Policy, rebalance_experts, resolve_policy
+from eplb_jax.rebalance import Policy, rebalance_experts, resolve_policy
+from eplb_jax.replay import in_order
 from eplb_jax.types import Placement
 
-try:
-    import typer
-    from rich.console import Console
-    from rich.table import Table
-except ModuleNotFoundError as error:
-    sys.exit(f"eplb-jax: {error.name} is missing; install it with: pip install 'eplb-jax[cli]'")
 
-main = typer.Typer(
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
-
-
-@main.callback()
-def _commands() -> None:
-    """Balance the experts of mixture-of-experts models over GPUs."""
-
-
-def _fail(message: object) -> NoReturn:
-    typer.echo(f"eplb-jax: error: {message}", err=True)
-    raise typer.Exit(2)
-
-
-@main.command()
 def plan(
     load: Annotated[
         str,
         typer.Argument(
             metavar="LOAD",
             help="Measured load, [layers, experts] or [windows, layers, experts] (summed): "
-            "a .npz, .npy, .json or .csv file, or 'example'.",
+            f"{FILES}.",
         ),
     ],
-    replicas: Annotated[int, typer.Option(help="Physical slots of a layer, over all GPUs.")],
-    gpus: Annotated[int, typer.Option(help="GPUs, over all nodes.")],
-    groups: Annotated[int, typer.Option(help="Groups of experts.")] = 1,
-    nodes: Annotated[int, typer.Option(help="Nodes.")] = 1,
-    policy: Annotated[str, typer.Option(help=f"One of: {', '.join(POLICIES)}.")] = "auto",
+    replicas: Replicas,
+    gpus: Gpus,
+    groups: Groups = 1,
+    nodes: Nodes = 1,
+    policy: PolicyName = "auto",
     strategy: Annotated[str, typer.Option(help=f"One of: {', '.join(STRATEGIES)}.")] = "auto",
     seed: Annotated[int, typer.Option(help="Seed of strategies that draw at random.")] = 0,
     output: Annotated[
@@ -72,10 +48,10 @@ def plan(
     ] = None,
 ) -> None:
     """Plan where the replicas of every expert lie, and say how balanced that is."""
-    try:
-        _check_writable(output)
-        _check_writable(plot)
-        windows = loads.example() if load == "example" else loads.read(load)
+    with told():
+        check_writable(output)
+        check_drawable(plot)
+        windows = load_of(load)
         counts = windows.sum(axis=0) if windows.ndim == 3 else windows
 
         def make() -> Placement:
@@ -117,11 +93,9 @@ def plan(
                 "balancedness": round(float(after.mean_balancedness), 6),
             }
             text = json.dumps(described | _maps(placement))
-            _write_whole(output, lambda file: file.write(text.encode()))
+            write_whole(output, lambda file: file.write(text.encode()))
         if plot is not None:
             _draw(plot, before, after)
-    except (ValueError, TypeError, OverflowError, OSError) as error:
-        _fail(error)
 
 
 def _timed(make: Callable[[], Placement]) -> tuple[Placement, float]:
@@ -132,9 +106,7 @@ def _timed(make: Callable[[], Placement]) -> tuple[Placement, float]:
 
 def _unplanned(counts: np.ndarray, num_gpus: int) -> Balance:
     """No replicas, expert e on GPU e * G // E: what a model does without a balancer."""
-    gpu = np.arange(counts.shape[1]) * num_gpus // counts.shape[1]
-    gpu_load = np.stack([counts[:, gpu == g].sum(axis=1) for g in range(num_gpus)], axis=1)
-    return evenness(jnp.asarray(gpu_load, jnp.float32))
+    return evenness(jnp.asarray(in_order(counts, num_gpus), jnp.float32))
 
 
 def _print_table(
@@ -208,28 +180,4 @@ def _draw(path: Path, before: Balance, after: Balance) -> None:
         for axes in (one, every):
             axes.margins(x=0.01)
         one.legend(frameon=False, loc="upper right")
-        kind = path.suffix.lstrip(".") or "png"
-        _write_whole(path, lambda file: figure.savefig(file, format=kind, dpi=150))
-
-
-def _check_writable(path: Path | None) -> None:
-    if path is not None and not path.absolute().parent.is_dir():
-        raise ValueError(f"{path}: the folder {path.absolute().parent} does not exist")
-    if path is not None and path.is_dir():
-        raise ValueError(f"{path} is a folder")
-
-
-def _write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Write a file so that it appears complete or not at all."""
-    handle, name = tempfile.mkstemp(dir=path.absolute().parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            write(file)
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(name, 0o666 & ~umask)
-        os.replace(name, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(name)
-        raise
+        write_figure(path, figure)

@@ -1,0 +1,180 @@
+"""Plans for the next window, made from several past ones."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import assert_same, lognormal, repeats
+from test_refinement import instance
+
+import eplb_jax
+from eplb_jax import check_placement, rebalance_experts
+from eplb_jax.forecast import MOST_WINDOWS, forecast, gathered
+from eplb_jax.packing.exchange import Pairs
+from eplb_jax.packing.portfolio import Peak, Portfolio
+from eplb_jax.replay import all_windows, last_window, replay
+from eplb_jax.validation import sanitised
+
+KEY = jax.random.key(0)
+COUNTS = 48, 4, 2, 8
+
+
+def windows(count, layers=3, experts=32, sigma=0.5, seed=0):
+    """A load that changes from window to window."""
+    rng = np.random.default_rng(seed)
+    change = rng.lognormal(sigma=sigma, size=(count, layers, experts))
+    return (lognormal(layers, experts) * change).astype(np.float32)
+
+
+def foreseen(trace):
+    return forecast(sanitised(jnp.moveaxis(jnp.asarray(trace), 0, 1)))
+
+
+def by_hand(trace):
+    """The forecast in float64: prediction, weight of the prediction, and the middle."""
+    share = trace / trace.sum(axis=2, keepdims=True)
+    states, errors = [], []
+    for gain in (0, 1, 0.7, 0.5, 0.3, 0.15):
+        state, missed = share[0], np.zeros(share.shape[1])
+        for t in range(1, len(share)):
+            missed += np.abs(share[t] - state).sum(axis=1) * (t > 1)
+            state = state + (gain or 1 / (t + 1)) * (share[t] - state)
+        states.append(state)
+        errors.append(missed)
+    best = np.argmin(errors, axis=0)
+    predicted = np.array(states)[best, np.arange(share.shape[1])]
+    trust = np.minimum(4 * ((errors[0] / np.min(errors, axis=0)) ** 2 - 1), 8)[:, None]
+    return predicted, trust, (share.mean(axis=0) + trust * predicted) / (1 + trust)
+
+
+@pytest.mark.parametrize("kind", ["stationary", "drift", "topics"])
+def test_the_forecast_is_that_of_float64(kind):
+    trace = eplb_jax.traces.generate(kind, 8, 6, 32, seed=3)
+    result = foreseen(trace.astype(np.float32))
+    predicted, trust, middle = by_hand(trace)
+    np.testing.assert_allclose(result.load, middle, rtol=0.01, atol=1e-5)
+    share = np.moveaxis(trace / trace.sum(axis=2, keepdims=True), 0, 1)
+    np.testing.assert_allclose(result.windows[:, :-1], share, atol=1e-6)
+    # Weights are whole sixteenths of that of the windows.
+    weight = np.square(np.asarray(result.windows[:, -1]) / predicted) / 8
+    np.testing.assert_allclose(weight, np.broadcast_to(trust, weight.shape), rtol=0.02, atol=0.08)
+    assert (np.median(trust) < 0.2) == (kind == "stationary")
+
+
+def test_windows_of_zeros_count_for_nothing_and_units_mean_nothing():
+    trace = windows(4)
+    scale = np.array([1, 1000, 0.25, 7], np.float32)[:, None, None]
+    with_zeros = np.zeros((7, *trace.shape[1:]), np.float32)
+    with_zeros[[1, 2, 4, 6]] = trace
+    plain = foreseen(trace)
+    for other, kept in ((trace * scale, [0, 1, 2, 3, 4]), (with_zeros, [1, 2, 4, 6, 7])):
+        result = foreseen(other)
+        np.testing.assert_allclose(result.load, plain.load, atol=1e-6)
+        np.testing.assert_allclose(result.above, plain.above, atol=1e-6)
+        np.testing.assert_allclose(result.windows[:, kept], plain.windows, atol=1e-5)
+    assert not np.any(result.windows[:, [0, 3, 5]])
+
+
+def test_one_window_is_the_load_itself_and_none_is_idle():
+    trace = windows(1)
+    assert_same(rebalance_experts(trace, *COUNTS), rebalance_experts(trace[0], *COUNTS))
+    idle = np.zeros((2, 3, 32))
+    assert_same(rebalance_experts(idle, *COUNTS), rebalance_experts(idle[0], *COUNTS))
+    idle[1] = trace[0]
+    assert (
+        eplb_jax.metrics.balance(trace[0], rebalance_experts(idle, 48, 1, 1, 8), 8).mean_imbalance
+        < 0.01
+    )
+
+
+@pytest.mark.parametrize("policy", ["global", "hierarchical"])
+@pytest.mark.parametrize("strategy", ["auto", "best", "restarts"])
+def test_plans_of_windows_are_plans(strategy, policy):
+    plan = rebalance_experts(windows(3), *COUNTS, policy=policy, strategy=strategy)
+    check_placement(plan)
+    assert not repeats(plan.phy2log, 8).any()
+    if policy == "hierarchical":
+        node = np.asarray(plan.phy2log).reshape(3, 2, 24) // 8
+        assert all(len(np.unique(x)) == 2 for x in node.reshape(6, 24))
+
+
+def test_a_layer_does_not_depend_on_others_nor_on_how_they_are_sharded():
+    trace = windows(3, layers=8)
+    plan = rebalance_experts(trace, 48, 1, 1, 8)
+    alone = rebalance_experts(trace[:, 2:4], 48, 1, 1, 8)
+    assert_same([x[2:4] for x in plan], alone)
+    mesh = jax.make_mesh((8,), ("layers",), axis_types=(jax.sharding.AxisType.Auto,))
+    spec = jax.sharding.NamedSharding(mesh, jax.P(None, "layers"))
+    assert_same(plan, rebalance_experts(jax.device_put(trace, spec), 48, 1, 1, 8))
+
+
+def test_more_windows_than_are_looked_at_are_added_up():
+    trace = windows(37, layers=2, experts=12)
+    folded = gathered(trace)
+    assert len(folded) == MOST_WINDOWS
+    np.testing.assert_allclose(folded.sum(axis=0), trace.sum(axis=0), rtol=1e-5)
+    np.testing.assert_array_equal(folded[0], trace[:2].sum(axis=0))
+    assert gathered(trace[:16]) is trace[:16] or len(gathered(trace[:16])) == 16
+    long = np.ones((20, 12), np.float32)
+    assert gathered(long) is long  # layers, not windows
+    assert_same(rebalance_experts(trace, 16, 1, 1, 4), rebalance_experts(folded, 16, 1, 1, 4))
+
+
+def several(m, c, count=3, seed=0):
+    """A packing, and the loads of its items in several windows."""
+    weight, contents = instance(m, c, seed, count=1)
+    change = np.random.default_rng(seed).lognormal(sigma=0.7, size=(count, m * c))
+    return jnp.asarray(np.asarray(weight) * change / 4, jnp.float32), contents[..., 0]
+
+
+def squares(load, contents):
+    return np.square(np.asarray(load, float)[:, np.asarray(contents)].sum(axis=2)).sum()
+
+
+@pytest.mark.parametrize("two", [False, True])
+@pytest.mark.parametrize("seed", range(3))
+def test_a_round_over_windows_makes_the_best_exchange_of_a_pair(two, seed):
+    load, contents = several(2, 4, seed=seed)
+    after = jax.jit(Pairs(1, two=two))(contents, load, KEY)
+    a, b = (set(x) for x in np.asarray(contents).tolist())
+    sizes = (1, 2) if two else (1,)
+    options = [
+        [sorted(a - set(x) | set(y)), sorted(b - set(y) | set(x))]
+        for k in sizes
+        for x in itertools.combinations(a, k)
+        for y in itertools.combinations(b, k)
+    ]
+    least = min(squares(load, np.array(x)) for x in [*options, contents])
+    np.testing.assert_allclose(squares(load, after), least, rtol=1e-3)
+
+
+@pytest.mark.parametrize("refinement", [Pairs(9, two=False), Portfolio(4, 2, 4)], ids=str)
+@pytest.mark.parametrize(("m", "c"), [(2, 9), (5, 4), (3, 17)])
+def test_squares_over_windows_do_not_grow(refinement, m, c):
+    load, contents = several(m, c)
+    after = np.asarray(jax.jit(refinement)(contents, load, KEY))
+    np.testing.assert_array_equal(np.sort(after, axis=None), np.arange(m * c))
+    if isinstance(refinement, Pairs):
+        assert squares(load, after) < squares(load, contents)
+    peaks = [np.asarray(load)[:, np.asarray(x)].sum(2).max(1).sum() for x in (contents, after)]
+    assert peaks[1] < peaks[0]
+
+
+def test_the_heaviest_packs_of_windows_are_lightened_in_turn():
+    load, contents = several(4, 5)
+    after = np.asarray(jax.jit(Peak(12))(contents, load, KEY))
+    sums = [np.asarray(load)[:, np.asarray(x)].sum(axis=2) for x in (contents, after)]
+    assert sums[1].max(axis=1).sum() < sums[0].max(axis=1).sum()
+
+
+def test_windows_foretell_the_next_better_than_the_last():
+    trace = eplb_jax.loads.example("gpt_oss_20b")[:16, ::4]
+    counts = 40, 1, 1, 8
+    plans = {
+        "last": last_window(*counts, strategy="fast"),
+        "windows": all_windows(*counts, keep=False, strategy="fast"),
+    }
+    mean = {k: replay(trace, x, num_gpus=8).imbalance.mean() for k, x in plans.items()}
+    assert mean["windows"] < 0.75 * mean["last"]
