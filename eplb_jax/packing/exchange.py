@@ -205,14 +205,14 @@ class _Exchange(NamedTuple):
     from_b: _Places
 
 
-def _length(apart: Int32[Array, "T *h"]) -> Num[Array, "*h"]:
+def _length(apart: Num[Array, "T *h"]) -> Num[Array, "*h"]:
     """How far apart packs are: their difference, or its squares added up over windows."""
     if apart.shape[0] == 1:
         return jnp.abs(apart[0])
     return reduce(jnp.add, [jnp.square(x.astype(jnp.float32)) for x in apart])
 
 
-def _at_places(x: Int32[Array, "*T c h"], place: Int32[Array, " h"]) -> Int32[Array, "*T 1 h"]:
+def _at_places(x: Num[Array, "*T c h"], place: Int32[Array, " h"]) -> Num[Array, "*T 1 h"]:
     """What every pack holds at its place."""
     place = jnp.broadcast_to(place, (*x.shape[:-2], 1, x.shape[-1]))
     return jnp.take_along_axis(x, place, axis=-2, mode="promise_in_bounds")
@@ -236,6 +236,8 @@ def _best_exchange(
     left = jnp.where(never, _NEVER, apart[:, None] - moved)
     moved, never = weighed(b, barred_b)
     right = jnp.where(never, _NEVER, moved)
+    if len(apart) > 1:  # once, not in every comparison
+        left, right = left.astype(jnp.float32), right.astype(jnp.float32)
 
     def against(i: Array | int, least: Array) -> Array:
         return jnp.minimum(least, _length(left + right[:, i, None]))
