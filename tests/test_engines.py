@@ -18,6 +18,8 @@ import torch_oracle
 from eplb_torch import sglang, vllm
 from helpers import lognormal
 
+import eplb_jax
+
 COUNTS = 48, 4, 2, 8
 LOAD = torch.from_numpy(lognormal(3, 32))
 PEERS = Path(sys.prefix) / "peers"
@@ -94,9 +96,21 @@ def test_vllm_calls_by_position_from_a_thread(policies, monkeypatch):
     assert torch.equal(plan, eplb_torch.rebalance_experts(LOAD, *COUNTS, previous=old)[0])
     alone = eplb_torch.rebalance_experts(LOAD, *COUNTS)[0]
     assert (plan == old).sum() > (alone == old).sum()
-    for unfit in (old[:, :40], torch.where(old == 5, -1, old)):  # after a change of GPUs
-        assert torch.equal(policies["default"].rebalance_experts(LOAD, *COUNTS, unfit), alone)
+    unfit = old[:, :40], torch.where(old == 5, -1, old), torch.where(old == 5, 6, old), old + 1
+    for other in unfit:  # as after a change of GPUs
+        assert torch.equal(policies["default"].rebalance_experts(LOAD, *COUNTS, other), alone)
     assert torch.equal(plan, vllm.EplbPolicy.rebalance_experts(LOAD, *COUNTS, old))
+
+
+def test_vllm_moves_no_more_than_it_is_told(policies):
+    old = torch.arange(48).expand(3, 48) % 32
+    for most in (0, 5):
+        vllm.install(max_moves=most)
+        plan = policies["default"].rebalance_experts(LOAD, *COUNTS, old)
+        fetched = eplb_jax.moves(old.numpy(), plan.numpy(), 8).copies[:, 2:].sum(axis=1)
+        assert fetched.max() == most
+    with pytest.raises(ValueError, match="max_moves=-1 is negative"):
+        vllm.install(max_moves=-1)
 
 
 def test_vllm_of_an_older_release_gets_three_maps(policies):

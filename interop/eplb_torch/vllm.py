@@ -10,6 +10,7 @@ from typing import ClassVar
 import torch
 
 from eplb_jax.packing.strategy import Strategy, resolve
+from eplb_jax.validation import as_limit
 from eplb_torch.eplb import rebalance_experts
 
 VARIABLE = "EPLB_TORCH_VLLM"
@@ -21,11 +22,14 @@ class EplbPolicy:
 
     Attributes:
         strategy: How to search: a name from `eplb_jax.STRATEGIES` or a `Strategy`.
+        max_moves: At most so many slots of a layer fetch their expert from another GPU; None: no
+            limit.
         all_maps: Whether to return all three maps, as vLLM's releases did before the policies
             were handed the old map, and not the first alone.
     """
 
     strategy: ClassVar[str | Strategy] = "auto"
+    max_moves: ClassVar[int | None] = None
     all_maps: ClassVar[bool] = False
 
     @classmethod
@@ -47,7 +51,8 @@ class EplbPolicy:
             num_nodes: N; divides num_ranks.
             num_ranks: GPUs, over all nodes.
             old_global_expert_indices: [L, R], the expert in every slot until now: as many as
-                possible stay. Of another shape, as after a change of GPUs, it is not used.
+                possible stay. Of another shape or without some expert, as after a change of GPUs,
+                it is not used.
 
         Returns:
             The expert in every slot, int64 [L, R] on the CPU, or all three maps.
@@ -56,31 +61,41 @@ class EplbPolicy:
             TypeError: An argument is of the wrong kind.
             ValueError: As `eplb_torch.rebalance_experts`.
         """
-        old, shape = old_global_expert_indices, (weight.shape[0], num_replicas)
-        previous = old if old is not None and old.shape == shape and old.min() >= 0 else None
-        counts = num_replicas, num_groups, num_nodes, num_ranks
-        phy2log, *others = rebalance_experts(
-            weight, *counts, strategy=cls.strategy, previous=previous
-        )
+        old, counts = old_global_expert_indices, (num_replicas, num_groups, num_nodes, num_ranks)
+        kept = {}
+        if old is not None and _is_whole(old, (weight.shape[0], num_replicas), weight.shape[1]):
+            kept = {"previous": old, "max_moves": cls.max_moves}
+        phy2log, *others = rebalance_experts(weight, *counts, strategy=cls.strategy, **kept)
         if not cls.all_maps:
             return phy2log.cpu()
         log2phy, logcnt = others
         return phy2log.cpu(), log2phy.cpu(), logcnt.cpu()
 
 
-def install(strategy: str | Strategy = "auto") -> None:
+def _is_whole(old: torch.Tensor, shape: tuple[int, int], num_experts: int) -> bool:
+    """Whether it is a map of this shape with a slot for every expert."""
+    if old.shape != shape or old.min() < 0 or old.max() >= num_experts:
+        return False
+    slots = torch.zeros(shape[0], num_experts, dtype=torch.bool)
+    return bool(slots.scatter_(1, old.long().cpu(), True).all())
+
+
+def install(strategy: str | Strategy = "auto", max_moves: int | None = None) -> None:
     """Take the place of vLLM's default policy in this process.
 
-    What the installed vLLM expects, one map or three, is read off its own policy.
+    A plan with `max_moves` fetches at most so many slots of a layer from other GPUs. What the
+    installed vLLM expects, one map or three, is read off its own policy.
 
     Raises:
         ImportError: vLLM is missing, or of a release without policies.
-        ValueError: The strategy is not known.
+        TypeError: `max_moves` is not a whole number.
+        ValueError: The strategy is not known, or `max_moves` is negative.
     """
     from vllm.distributed.eplb.policy import EPLB_POLICIES  # pyright: ignore[reportMissingImports]
 
     returned = EPLB_POLICIES["default"].rebalance_experts.__annotations__.get("return", "")
     names = {"strategy": resolve(strategy), "all_maps": "tuple" in str(returned).lower()}
+    names["max_moves"] = None if max_moves is None else int(as_limit("max_moves", max_moves))
     EPLB_POLICIES["default"] = type("EplbPolicy", (EplbPolicy,), names)
 
 
