@@ -93,9 +93,13 @@ def install(strategy: str | Strategy = "auto", max_moves: int | None = None) -> 
     """
     from vllm.distributed.eplb.policy import EPLB_POLICIES  # pyright: ignore[reportMissingImports]
 
-    returned = EPLB_POLICIES["default"].rebalance_experts.__annotations__.get("return", "")
-    names = {"strategy": resolve(strategy), "all_maps": "tuple" in str(returned).lower()}
-    names["max_moves"] = None if max_moves is None else int(as_limit("max_moves", max_moves))
+    current = EPLB_POLICIES["default"]
+    returned = current.rebalance_experts.__annotations__.get("return", "")
+    names = {
+        "strategy": resolve(strategy),
+        "max_moves": None if max_moves is None else int(as_limit("max_moves", max_moves)),
+        "all_maps": getattr(current, "all_maps", "tuple" in str(returned).lower()),
+    }
     EPLB_POLICIES["default"] = type("EplbPolicy", (EplbPolicy,), names)
 
 
