@@ -9,6 +9,7 @@ All in whole numbers, parts of a layer's total, so that the same windows give th
 whatever the batch, the sharding and the backend.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -17,6 +18,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int32
 
 from eplb_jax.packing.lanes import fixed_point
+from eplb_jax.validation import relative, sanitised
 
 MOST_WINDOWS = 16
 """More are added up to so many stretches."""
@@ -36,17 +38,31 @@ _PARTS = 16
 
 
 class Forecast(NamedTuple):
-    """What to plan for; every window adds up to 1, but one of zeros to 0.
+    """What to plan for. Of several windows each adds up to 1, but one of zeros to 0.
 
     Attributes:
-        load: The middle of what may come.
+        load: The middle of what may come; of a single window, that window.
         above: How far above it an expert was at most; less, the more the prediction weighs.
         windows: The T windows and the prediction, each times the root of its weight.
     """
 
     load: Float[Array, "L E"]
-    above: Float[Array, "L E"]
-    windows: Float[Array, "L T+1 E"]
+    above: Float[Array, "L E"] | None = None
+    windows: Float[Array, "L T+1 E"] | None = None
+
+    def map(self, change: Callable[[Array], Array]) -> "Forecast":
+        """The same change to all."""
+        return jax.tree.map(change, self)
+
+
+def forecast_of(weight: Float[Array, "*T L E"], *, summed: bool) -> Forecast:
+    """From one load, or from windows; `summed`: for the sum of them as it is, as DeepSeek plans."""
+    windows = weight if weight.ndim == 3 else weight[None]
+    if summed:
+        return Forecast(sanitised(windows.sum(axis=0)))
+    if windows.shape[0] == 1:
+        return Forecast(relative(sanitised(windows[0])))
+    return forecast(sanitised(jnp.moveaxis(windows, 0, 1)))
 
 
 def forecast(windows: Float[Array, "L T E"]) -> Forecast:

@@ -1,29 +1,22 @@
 """The whole plan: groups to nodes, replicas within nodes, replicas to GPUs."""
 
-from collections.abc import Callable
 from functools import partial
 from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Int32, Key
 
 from eplb_jax.budget import plan_cost, within_budget
-from eplb_jax.forecast import forecast, gathered
-from eplb_jax.joint import counts_over_windows
-from eplb_jax.packing.distinct import repeats_in
-from eplb_jax.packing.lanes import LOAD_BITS, fixed_point, index_bits, loads_of
-from eplb_jax.packing.objective import best
+from eplb_jax.forecast import forecast_of, gathered
+from eplb_jax.node import placed_in_node, taken
 from eplb_jax.packing.search import check_size, packs
 from eplb_jax.packing.strategy import Strategy, resolve
 from eplb_jax.placement import counted, place, ranks_in, ranks_listed
 from eplb_jax.relabel import relabelled
-from eplb_jax.replication import listed, replicate
 from eplb_jax.types import Placement, Replication
 from eplb_jax.validation import (
     LoadLike,
-    all_normalised,
     as_count,
     as_experts,
     as_key,
@@ -34,8 +27,6 @@ from eplb_jax.validation import (
     check_divides,
     check_multiple,
     fixed_if_none,
-    relative,
-    sanitised,
 )
 
 Policy = Literal["auto", "global", "hierarchical"]
@@ -216,18 +207,18 @@ def _place_replicas(
     strategy: Strategy,
 ) -> Replication:
     num_replicas, num_groups, num_nodes, num_gpus = topology
-    outlook = _outlook(weight, strategy)
-    num_layers, num_experts = outlook.load.shape
+    forecast = forecast_of(weight, summed=not strategy.distinct)
+    num_layers, num_experts = forecast.load.shape
     group_key, gpu_key = jax.random.split(fixed_if_none(key))
 
     group_size = num_experts // num_groups
-    by_group = outlook.map(lambda x: x.reshape(*x.shape[:-1], num_groups, group_size).sum(-1))
+    by_group = forecast.map(lambda x: x.reshape(*x.shape[:-1], num_groups, group_size).sum(-1))
     groups = packs(by_group.load, num_nodes, strategy, group_key, windows=by_group.windows)
     experts = groups[..., None] * group_size + jnp.arange(group_size, dtype=jnp.int32)
     experts = experts.reshape(num_layers * num_nodes, num_experts // num_nodes)
     # From here a row is a node of a layer, and its experts go by their place in `experts`.
-    replicas = _within_node(
-        outlook.map(lambda x: _taken(jnp.repeat(x, num_nodes, axis=0), experts)),
+    replicas = placed_in_node(
+        forecast.map(lambda x: taken(jnp.repeat(x, num_nodes, axis=0), experts)),
         num_replicas // num_nodes,
         num_gpus // num_nodes,
         strategy,
@@ -255,11 +246,11 @@ def _improved(
     Of one window, a plan from nothing is taken instead where it is better and as near; of several
     it fits them better and the next worse, as the old plan remembers more windows than are given.
     """
-    outlook = _outlook(weight, strategy)
+    forecast = forecast_of(weight, summed=not strategy.distinct)
     gpus = {"num_gpus": topology.num_gpus, "num_nodes": topology.num_nodes}
-    seen = outlook.load[:, None] if outlook.windows is None else outlook.windows
+    seen = forecast.load[:, None] if forecast.windows is None else forecast.windows
     expert, cost = within_budget(seen, old, max_moves, price, **gpus)
-    if outlook.windows is None:
+    if forecast.windows is None:
         new = _place_replicas(weight, key, topology=topology, strategy=strategy)
         fresh = relabelled(new, old, **gpus).phy2log
         moves, off = plan_cost(seen, fresh, old, num_gpus=topology.num_gpus)
@@ -269,144 +260,4 @@ def _improved(
     if log2phy is not None:
         same = jnp.all(expert == old, axis=1, keepdims=True)
         rank = jnp.where(same, ranks_listed(log2phy, old), rank)
-    return Replication(expert, rank, counted(expert, outlook.load.shape[1]))
-
-
-class _Outlook(NamedTuple):
-    """What to plan for: loads, and of several windows how far they rise above, and all of them."""
-
-    load: Float[Array, "L E"]
-    above: Float[Array, "L E"] | None = None
-    windows: Float[Array, "L T E"] | None = None
-
-    def map(self, change: Callable[[Array], Array]) -> "_Outlook":
-        """The same change to all."""
-        return jax.tree.map(change, self)
-
-
-def _outlook(weight: Float[Array, "*T L E"], strategy: Strategy) -> _Outlook:
-    windows = weight if weight.ndim == 3 else weight[None]
-    if not strategy.distinct:
-        return _Outlook(sanitised(windows.sum(axis=0)))
-    if windows.shape[0] == 1:
-        return _Outlook(relative(sanitised(windows[0])))
-    return _Outlook(*forecast(sanitised(jnp.moveaxis(windows, 0, 1))))
-
-
-def _taken(x: Float[Array, "L *T E"], index: Int32[Array, "L n"]) -> Float[Array, "L *T n"]:
-    """``x[..., index]``, layer by layer."""
-    if x.ndim == 3:
-        index = index[:, None]
-    return jnp.take_along_axis(x, index, axis=-1)
-
-
-class _Replicas(NamedTuple):
-    """The replica in every slot: its expert, and its rank among the replicas of that expert."""
-
-    expert: Int32[Array, "L R"]
-    rank: Int32[Array, "L R"]
-
-
-def _within_node(
-    outlook: _Outlook,
-    num_replicas: int,
-    num_gpus: int,
-    strategy: Strategy,
-    key: Key[Array, ""],
-) -> _Replicas:
-    """Replicate experts and pack the replicas to GPUs; nodes do not see each other."""
-    load = outlook.load
-    num_experts = load.shape[1]
-    if not strategy.distinct:
-        return _packed(outlook, replicate(load, num_replicas), num_gpus, strategy, key)
-    # More replicas than GPUs would put an expert twice on one and serve it no better.
-    most = num_gpus if num_replicas <= num_experts * num_gpus else None
-    if outlook.above is not None:
-        counts = counts_over_windows(load, outlook.above, num_replicas, most)
-    elif strategy.counts is not None:
-        counts = strategy.counts.candidates(load, num_replicas, num_gpus, most)
-    else:
-        counts = replicate(load, num_replicas, most).logcnt[:, None]
-    choices = counts.shape[1]
-    repeated = outlook.map(lambda x: jnp.repeat(x, choices, axis=0))
-    replication = listed(counts.reshape(len(load) * choices, num_experts), num_replicas)
-    replicas = _packed(repeated, replication, num_gpus, strategy, key)
-    if choices > 1:
-        seen = load if outlook.windows is None else outlook.windows
-        replicas = _best(replicas, seen, counts, num_gpus)
-    idle = jnp.all(load == 0, axis=1, keepdims=True)
-    idle_expert, idle_rank = _idle_replicas(num_experts, num_replicas, num_gpus)
-    return _Replicas(
-        jnp.where(idle, idle_expert, replicas.expert), jnp.where(idle, idle_rank, replicas.rank)
-    )
-
-
-def _packed(
-    outlook: _Outlook,
-    replication: Replication,
-    num_gpus: int,
-    strategy: Strategy,
-    key: Key[Array, ""],
-) -> _Replicas:
-    """These replicas on GPUs."""
-    expert, rank, logcnt = replication
-    num_experts, num_replicas = logcnt.shape[1], expert.shape[1]
-    per_replica = outlook.map(lambda x: x / _like(x, logcnt.astype(jnp.float32)))
-    weight = per_replica.map(lambda x: _taken(x, expert))
-    labels = expert + num_experts * (rank // num_gpus) if strategy.distinct else None
-    spares = num_replicas - num_experts
-    slots = packs(weight.load, num_gpus, strategy, key, labels, spares, weight.windows)
-    slots = slots.reshape(expert.shape)
-    return _Replicas(*(jnp.take_along_axis(x, slots, axis=1) for x in (expert, rank)))
-
-
-def _like(x: Float[Array, "L *T E"], counts: Float[Array, "L E"]) -> Float[Array, "L *_ E"]:
-    return counts[:, None] if x.ndim == 3 else counts
-
-
-def _best(
-    replicas: _Replicas,
-    seen: Float[Array, "L *T E"],
-    counts: Int32[Array, "L k E"],
-    num_gpus: int,
-) -> _Replicas:
-    """Of the choices for every layer that with fewest repeats, then with the lightest heaviest GPU.
-
-    That is added up over windows.
-    """
-    num_layers, choices, _ = counts.shape
-    num_slots = replicas.expert.shape[1]
-    on_gpu = replicas.expert.reshape(num_layers, choices, num_gpus, num_slots // num_gpus)
-    windows = all_normalised(seen if seen.ndim == 3 else seen[:, None])
-    bits = LOAD_BITS - index_bits(windows.shape[1]) if windows.shape[1] > 1 else LOAD_BITS
-
-    def scores(on_gpu: Array, count: Array, windows: Array) -> tuple[Array, Array]:
-        per_replica = windows / count.astype(jnp.float32)
-        units = fixed_point(per_replica, on_gpu.shape[1], bits)
-        heaviest = jnp.max(jax.vmap(lambda x: loads_of(x, on_gpu))(units), axis=1)
-        return repeats_in(on_gpu), jnp.sum(heaviest, dtype=jnp.int32)
-
-    each = jax.vmap(jax.vmap(scores, (0, 0, None)))(on_gpu, counts, windows)
-    choice = jax.vmap(lambda *scores: best(scores, 1)[0])(*each)
-    row = jnp.arange(num_layers, dtype=jnp.int32) * choices + choice
-    return _Replicas(replicas.expert[row], replicas.rank[row])
-
-
-def _idle_replicas(
-    num_experts: int, num_replicas: int, num_gpus: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Expert and rank in every slot of a node without load.
-
-    Experts are dealt to the GPUs in turn, then the spares, each to an expert with the fewest
-    replicas that its GPU does not hold.
-    """
-    count = np.zeros(num_experts, np.int32)
-    held = np.zeros((num_gpus, num_experts), bool)
-    expert, rank = np.zeros((2, num_gpus, num_replicas // num_gpus), np.int32)
-    for replica in range(num_replicas):
-        turn, gpu = divmod(replica, num_gpus)
-        one = replica if replica < num_experts else np.argmin(count + held[gpu] * num_replicas)
-        expert[gpu, turn], rank[gpu, turn] = one, count[one]
-        count[one] += 1
-        held[gpu, one] = True
-    return expert.ravel(), rank.ravel()
+    return Replication(expert, rank, counted(expert, forecast.load.shape[1]))

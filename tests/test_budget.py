@@ -1,5 +1,6 @@
 """From one plan to a better one within a few moves."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from eplb_jax import budget, check_placement, moves, rebalance_experts
 from eplb_jax.metrics import balance
 
 COUNTS = 48, 4, 2, 8  # slots, groups, nodes, GPUs
+EXCHANGE, CHANGE = jax.jit(budget._exchange), jax.jit(budget._change)
 
 
 def drifted(layers=6, experts=32, sigma=0.5, seed=0):
@@ -144,7 +146,7 @@ def swaps(gpu, near):
 @pytest.mark.parametrize("seed", range(4))
 def test_the_best_exchange_of_the_worst_gpu(seed, nodes):
     load, view = view_of(seed, nodes=nodes)
-    step = budget._exchange(view, jnp.int32(0))
+    step = EXCHANGE(view, jnp.int32(0))
     loads = np.asarray(view.loads)
     above = np.maximum(loads - loads.mean(axis=1, keepdims=True), 0)
     options = list(
@@ -161,7 +163,7 @@ def test_the_best_exchange_of_the_worst_gpu(seed, nodes):
 @pytest.mark.parametrize("seed", range(4))
 def test_a_change_gains_what_it_says(seed, nodes):
     load, view = view_of(seed, nodes=nodes)
-    step = budget._change(view)
+    step = CHANGE(view)
 
     def every(expert):
         for slot in range(24):
@@ -181,8 +183,8 @@ def test_a_change_gains_what_it_says(seed, nodes):
 
 def test_nothing_is_fetched_beyond_what_is_left():
     _, view = view_of(0, left=0)
-    assert float(budget._exchange(view, jnp.int32(0)).gain) < 0
-    assert float(budget._change(view).gain) < 0
+    assert float(EXCHANGE(view, jnp.int32(0)).gain) < 0
+    assert float(CHANGE(view).gain) < 0
 
 
 @pytest.mark.parametrize(

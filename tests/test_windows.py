@@ -89,8 +89,10 @@ def test_one_window_is_the_load_itself_and_none_is_idle():
     )
 
 
-@pytest.mark.parametrize("policy", ["global", "hierarchical"])
-@pytest.mark.parametrize("strategy", ["auto", "best", "restarts"])
+@pytest.mark.parametrize(
+    ("strategy", "policy"),
+    [("auto", "hierarchical"), ("best", "global"), ("restarts", "hierarchical")],
+)
 def test_plans_of_windows_are_plans(strategy, policy):
     plan = rebalance_experts(windows(3), *COUNTS, policy=policy, strategy=strategy)
     check_placement(plan)
@@ -151,7 +153,7 @@ def test_a_round_over_windows_makes_the_best_exchange_of_a_pair(two, seed):
 
 
 @pytest.mark.parametrize("refinement", [Pairs(9, two=False), Portfolio(4, 2, 4)], ids=str)
-@pytest.mark.parametrize(("m", "c"), [(2, 9), (5, 4), (3, 17)])
+@pytest.mark.parametrize(("m", "c"), [(2, 9), (5, 4)])
 def test_squares_over_windows_do_not_grow(refinement, m, c):
     load, contents = several(m, c)
     after = np.asarray(jax.jit(refinement)(contents, load, KEY))

@@ -1,0 +1,138 @@
+"""One node: how many replicas every expert gets, and on which GPU they lie."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int32, Key
+
+from eplb_jax.forecast import Forecast
+from eplb_jax.joint import counts_over_windows
+from eplb_jax.packing.distinct import repeats_in
+from eplb_jax.packing.lanes import LOAD_BITS, fixed_point, index_bits, loads_of
+from eplb_jax.packing.objective import best
+from eplb_jax.packing.search import packs
+from eplb_jax.packing.strategy import Strategy
+from eplb_jax.replication import listed, replicate
+from eplb_jax.types import Replication
+from eplb_jax.validation import all_normalised
+
+
+def taken(x: Float[Array, "L *T E"], index: Int32[Array, "L n"]) -> Float[Array, "L *T n"]:
+    """``x[..., index]``, layer by layer."""
+    if x.ndim == 3:
+        index = index[:, None]
+    return jnp.take_along_axis(x, index, axis=-1)
+
+
+class Replicas(NamedTuple):
+    """The replica in every slot: its expert, and its rank among the replicas of that expert."""
+
+    expert: Int32[Array, "L R"]
+    rank: Int32[Array, "L R"]
+
+
+def placed_in_node(
+    forecast: Forecast,
+    num_replicas: int,
+    num_gpus: int,
+    strategy: Strategy,
+    key: Key[Array, ""],
+) -> Replicas:
+    """Replicate experts and pack the replicas to GPUs; nodes do not see each other."""
+    load = forecast.load
+    num_experts = load.shape[1]
+    if not strategy.distinct:
+        return _packed(forecast, replicate(load, num_replicas), num_gpus, strategy, key)
+    # More replicas than GPUs would put an expert twice on one and serve it no better.
+    most = num_gpus if num_replicas <= num_experts * num_gpus else None
+    if forecast.above is not None:
+        counts = counts_over_windows(load, forecast.above, num_replicas, most)
+    elif strategy.counts is not None:
+        counts = strategy.counts.candidates(load, num_replicas, num_gpus, most)
+    else:
+        counts = replicate(load, num_replicas, most).logcnt[:, None]
+    choices = counts.shape[1]
+    repeated = forecast.map(lambda x: jnp.repeat(x, choices, axis=0))
+    replication = listed(counts.reshape(len(load) * choices, num_experts), num_replicas)
+    replicas = _packed(repeated, replication, num_gpus, strategy, key)
+    if choices > 1:
+        seen = load if forecast.windows is None else forecast.windows
+        replicas = _best(replicas, seen, counts, num_gpus)
+    idle = jnp.all(load == 0, axis=1, keepdims=True)
+    idle_expert, idle_rank = _idle_replicas(num_experts, num_replicas, num_gpus)
+    return Replicas(
+        jnp.where(idle, idle_expert, replicas.expert), jnp.where(idle, idle_rank, replicas.rank)
+    )
+
+
+def _packed(
+    forecast: Forecast,
+    replication: Replication,
+    num_gpus: int,
+    strategy: Strategy,
+    key: Key[Array, ""],
+) -> Replicas:
+    """These replicas on GPUs."""
+    expert, rank, logcnt = replication
+    num_experts, num_replicas = logcnt.shape[1], expert.shape[1]
+    per_replica = forecast.map(lambda x: x / _like(x, logcnt.astype(jnp.float32)))
+    weight = per_replica.map(lambda x: taken(x, expert))
+    labels = expert + num_experts * (rank // num_gpus) if strategy.distinct else None
+    spares = num_replicas - num_experts
+    slots = packs(weight.load, num_gpus, strategy, key, labels, spares, weight.windows)
+    slots = slots.reshape(expert.shape)
+    return Replicas(*(jnp.take_along_axis(x, slots, axis=1) for x in (expert, rank)))
+
+
+def _like(x: Float[Array, "L *T E"], counts: Float[Array, "L E"]) -> Float[Array, "L *_ E"]:
+    return counts[:, None] if x.ndim == 3 else counts
+
+
+def _best(
+    replicas: Replicas,
+    seen: Float[Array, "L *T E"],
+    counts: Int32[Array, "L k E"],
+    num_gpus: int,
+) -> Replicas:
+    """Of the choices for every layer that with fewest repeats, then with the lightest heaviest GPU.
+
+    That is added up over windows.
+    """
+    num_layers, choices, _ = counts.shape
+    num_slots = replicas.expert.shape[1]
+    on_gpu = replicas.expert.reshape(num_layers, choices, num_gpus, num_slots // num_gpus)
+    windows = all_normalised(seen if seen.ndim == 3 else seen[:, None])
+    bits = LOAD_BITS - index_bits(windows.shape[1]) if windows.shape[1] > 1 else LOAD_BITS
+
+    def scores(on_gpu: Array, count: Array, windows: Array) -> tuple[Array, Array]:
+        per_replica = windows / count.astype(jnp.float32)
+        units = fixed_point(per_replica, on_gpu.shape[1], bits)
+        heaviest = jnp.max(jax.vmap(lambda x: loads_of(x, on_gpu))(units), axis=1)
+        return repeats_in(on_gpu), jnp.sum(heaviest, dtype=jnp.int32)
+
+    each = jax.vmap(jax.vmap(scores, (0, 0, None)))(on_gpu, counts, windows)
+    choice = jax.vmap(lambda *scores: best(scores, 1)[0])(*each)
+    row = jnp.arange(num_layers, dtype=jnp.int32) * choices + choice
+    return Replicas(replicas.expert[row], replicas.rank[row])
+
+
+def _idle_replicas(
+    num_experts: int, num_replicas: int, num_gpus: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Expert and rank in every slot of a node without load.
+
+    Experts are dealt to the GPUs in turn, then the spares, each to an expert with the fewest
+    replicas that its GPU does not hold.
+    """
+    count = np.zeros(num_experts, np.int32)
+    held = np.zeros((num_gpus, num_experts), bool)
+    expert, rank = np.zeros((2, num_gpus, num_replicas // num_gpus), np.int32)
+    for replica in range(num_replicas):
+        turn, gpu = divmod(replica, num_gpus)
+        one = replica if replica < num_experts else np.argmin(count + held[gpu] * num_replicas)
+        expert[gpu, turn], rank[gpu, turn] = one, count[one]
+        count[one] += 1
+        held[gpu, one] = True
+    return expert.ravel(), rank.ravel()
