@@ -25,9 +25,7 @@ COLLECTIVES = re.compile(
 
 # `fast` and `best` are `auto` with other numbers; tests/test_rebalance.py has what is said of them.
 DISTINCT = [name for name in STRATEGIES if name not in ("fast", "best")]
-every_strategy = pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in DISTINCT]
-)
+every_strategy = pytest.mark.parametrize("name", DISTINCT)
 
 
 @every_strategy
