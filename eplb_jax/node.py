@@ -113,9 +113,13 @@ def _best(
         return repeats_in(on_gpu), jnp.sum(heaviest, dtype=jnp.int32)
 
     each = jax.vmap(jax.vmap(scores, (0, 0, None)))(on_gpu, counts, windows)
-    choice = jax.vmap(lambda *scores: best(scores, 1)[0])(*each)
-    row = jnp.arange(num_layers, dtype=jnp.int32) * choices + choice
-    return Replicas(replicas.expert[row], replicas.rank[row])
+    choice = jax.vmap(lambda *scores: best(scores, 1)[0])(*each)[:, None, None]
+
+    def chosen(x: Int32[Array, "_ R"]) -> Int32[Array, "L R"]:
+        # Layer by layer, lest layers on several devices be gathered.
+        return jnp.take_along_axis(x.reshape(num_layers, choices, num_slots), choice, axis=1)[:, 0]
+
+    return Replicas(chosen(replicas.expert), chosen(replicas.rank))
 
 
 def _idle_replicas(
