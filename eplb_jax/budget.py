@@ -34,7 +34,7 @@ class _View(NamedTuple):
 
     ``share`` is what a replica of every expert carries, ``value`` what lies in every slot;
     ``held`` says which experts lay on which GPU in the old plan, ``left`` how many more may be
-    fetched, and ``near`` which GPUs share a node.
+    fetched.
     """
 
     load: Float[Array, "T E"]
@@ -44,7 +44,6 @@ class _View(NamedTuple):
     value: Float[Array, "T m c"]
     loads: Float[Array, "T m"]
     held: Bool[Array, "m E"]
-    near: Bool[Array, "m m"]
     left: Int32[Array, ""]
 
 
@@ -71,8 +70,6 @@ def within_budget(
     Also imbalance + price x moves of that plan. Experts stay within their nodes.
     """
     size = old.shape[1] // num_gpus
-    node = np.arange(num_gpus) // (num_gpus // num_nodes)
-    near = jnp.asarray(node[:, None] == node)
 
     def layer(load: Float[Array, "T E"], old: Int32[Array, " R"]) -> tuple[Array, Array]:
         start = old.reshape(num_gpus, size)
@@ -86,12 +83,12 @@ def within_budget(
             return walk._replace(best=best, cost=jnp.where(better, cost, walk.cost))
 
         def view_of(expert: Int32[Array, "m c"]) -> _View:
-            return _View(*_seen(load, expert), held, near, max_moves - _fetched(expert, held))
+            return _View(*_seen(load, expert), held, max_moves - _fetched(expert, held))
 
         def step(_: Array | int, walk: _Walk) -> _Walk:
             view = view_of(walk.expert)
             walk = noted(walk, view)
-            options = _exchange(view, walk.failed), _change(view)
+            options = _exchange(view, num_nodes, walk.failed), _change(view, num_nodes)
             rate = [x.gain / _at_least_half(x.moves) for x in options]
             first = rate[0] >= rate[1]
             chosen = jax.tree.map(lambda x, y: jnp.where(first, x, y), *options)
@@ -174,7 +171,7 @@ def _largest(x: Float[Array, "*m n"]) -> Int32[Array, "*m"]:
     return jnp.min(jnp.where(x == jnp.max(x, axis=-1, keepdims=True), index, index[-1]), axis=-1)
 
 
-def _exchange(view: _View, failed: Int32[Array, ""]) -> _Step:
+def _exchange(view: _View, num_nodes: int, failed: Int32[Array, ""]) -> _Step:
     """One slot of the worst GPU, or the next worst after failures, for one of any other."""
     expert, loads = view.expert, view.loads
     num_gpus, size = expert.shape
@@ -195,7 +192,9 @@ def _exchange(view: _View, failed: Int32[Array, ""]) -> _Step:
     moves = sent[:, :, None] + fetched  # [c, m, c]
     known = jnp.any(mine[:, None, None] == expert, axis=2)  # [c, m]: there already
     known_here = jnp.any(expert[:, :, None] == mine, axis=2)  # [m, c]
-    barred = known[:, :, None] | known_here | ~view.near[gpu][:, None] | (moves > view.left)
+    node = jnp.arange(num_gpus, dtype=jnp.int32) // (num_gpus // num_nodes)
+    far = (node != node[gpu])[:, None]
+    barred = known[:, :, None] | known_here | far | (moves > view.left)
     rate = jnp.where(barred, -_NEVER, gain) / _at_least_half(moves)
     best = _largest(rate.ravel())
     here, there = best // (num_gpus * size), best % (num_gpus * size)
@@ -208,7 +207,7 @@ def _exchange(view: _View, failed: Int32[Array, ""]) -> _Step:
     )
 
 
-def _change(view: _View) -> _Step:
+def _change(view: _View, num_nodes: int) -> _Step:
     """Another expert in one slot: one replica less of what it held, one more of the other.
 
     On every GPU the slot and the expert are chosen apart, which leaves out that the two may share
@@ -232,7 +231,8 @@ def _change(view: _View) -> _Step:
     add = gain - 2 * jnp.matmul(loads.T, new, precision="highest")  # [m, E]
     gpu = jnp.arange(num_gpus, dtype=jnp.int32)
     dropped = expert[gpu, slot]
-    reachable = jnp.matmul(view.near.astype(jnp.float32), lies, precision="highest") > 0
+    nodes = lies.reshape(num_nodes, num_gpus // num_nodes, num_experts)
+    reachable = jnp.repeat(jnp.max(nodes, axis=1) > 0, num_gpus // num_nodes, axis=0)
     moves = held[gpu, dropped].astype(jnp.int32)[:, None] - held.astype(jnp.int32)
     barred = (lies > 0) | ~reachable | (moves > view.left) | (count[dropped] < 2)[:, None]
     wanted = _largest(jnp.where(barred, -_NEVER, add))  # [m]
