@@ -92,8 +92,8 @@ def decide(
     Example:
         >>> import eplb_jax
         >>> old = eplb_jax.rebalance_experts([[3, 1, 3, 1]], 4, 1, 1, 2)
+        >>> new = eplb_jax.rebalance_experts([[9, 8, 2, 2]], 4, 1, 1, 2)
         >>> load = [[[4, 4, 1, 1]], [[5, 4, 1, 1]]]
-        >>> new = eplb_jax.rebalance_experts(load, 4, 1, 1, 2, previous=old)
         >>> cost = dict(bytes_per_expert=10**6, bandwidth=1e9, serves=100, seconds_per_token=1e-3)
         >>> answer = decide(load, old, new, 2, **cost)
         >>> answer.action, round(answer.gain, 6), round(answer.cost, 6)

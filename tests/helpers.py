@@ -3,6 +3,10 @@
 import numpy as np
 
 import eplb_jax
+from eplb_jax.packing.exchange import Pairs
+
+# A strategy that sees windows and compiles in little time.
+QUICK = eplb_jax.Strategy(refinement=Pairs(8, two=False))
 
 
 def lognormal(layers, items, sigma=1.0, seed=0):

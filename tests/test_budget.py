@@ -1,15 +1,18 @@
 """From one plan to a better one within a few moves."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import assert_same, lognormal
+from helpers import QUICK, assert_same, lognormal
 
 import eplb_jax
-from eplb_jax import budget, check_placement, moves, rebalance_experts
+from eplb_jax import budget, check_placement, moves
 from eplb_jax.metrics import balance
 
+rebalance_experts = partial(eplb_jax.rebalance_experts, strategy=QUICK)
 COUNTS = 48, 4, 2, 8  # slots, groups, nodes, GPUs
 EXCHANGE = jax.jit(budget._exchange, static_argnums=1)
 CHANGE = jax.jit(budget._change, static_argnums=1)

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from helpers import QUICK
 
 from eplb_jax import check_placement, decide, moves, rebalance_experts
 
@@ -14,8 +15,8 @@ def plans(windows=6, layers=3, noise=0.05, shift=1.0, seed=0):
     before = rng.lognormal(size=(layers, 16)) * 1000
     now = before * rng.lognormal(sigma=shift, size=before.shape)
     trace = now * rng.lognormal(sigma=noise, size=(2 * windows, layers, 16))
-    old = rebalance_experts(before, 24, 1, 1, 4)
-    new = rebalance_experts(trace[:windows], 24, 1, 1, 4, previous=old)
+    old = rebalance_experts(before, 24, 1, 1, 4, strategy=QUICK)
+    new = rebalance_experts(trace[:windows], 24, 1, 1, 4, strategy=QUICK, previous=old)
     check_placement(new)
     return trace[windows:], old, new
 

@@ -22,8 +22,11 @@ AS_USERS_DO = {"xla_backend_optimization_level": 3, "xla_cpu_use_fusion_emitters
 ORIGINAL = json.loads((GOLDEN / "imbalance.json").read_text())
 
 
-@pytest.mark.parametrize("strategy", [n for n in eplb_jax.STRATEGIES if n in ORIGINAL])
-@pytest.mark.parametrize("load", LOADS)
+CASES = [(n, load) for load in LOADS for n in eplb_jax.STRATEGIES if n in ORIGINAL]
+CASES.remove(("pruned", "DeepSeek-V2-Lite, 72 into 8"))  # takes long and says no more
+
+
+@pytest.mark.parametrize(("strategy", "load"), CASES)
 def test_no_less_balanced_than_the_original(strategy, load):
     weight, num_packs = LOADS[load]
 

@@ -214,7 +214,7 @@ def preload(
         device: Where to compute; None: the CPU.
 
     Example:
-        >>> preload((1, 4), 6, 1, 1, 3)
+        >>> preload((58, 256), 288, 8, 4, 32)  # doctest: +SKIP
     """
     counts = num_replicas, num_groups, num_nodes, num_gpus
     idle = torch.zeros(tuple(shape), device="cpu")
