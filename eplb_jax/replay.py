@@ -138,20 +138,22 @@ def all_windows(
     policy: Policy = "auto",
     strategy: str | Strategy = "auto",
     max_moves: int | None = None,
+    price: float = 0.0,
 ) -> Plan:
     """A plan for all past windows: `eplb_jax.rebalance_experts`, whose arguments these are.
 
-    With `keep` the plan in place is handed on as `previous`, which `max_moves` needs.
+    With `keep` the plan in place is handed on as `previous`, which `max_moves` and `price` need.
     """
-    if max_moves is not None and not keep:
-        raise ValueError(f"max_moves={max_moves} needs keep, as it limits what changes")
+    if (max_moves is not None or price) and not keep:
+        limit = f"price={price}" if max_moves is None else f"max_moves={max_moves}"
+        raise ValueError(f"{limit} needs keep, as it limits what changes")
     counts = num_replicas, num_groups, num_nodes, num_gpus
     make = partial(rebalance_experts, policy=policy, strategy=strategy)
 
     def plan(past: np.ndarray, placed: Placement | None) -> Placement:
         if placed is None or not keep:
             return make(past, *counts)
-        return make(past, *counts, previous=placed, max_moves=max_moves)
+        return make(past, *counts, previous=placed, max_moves=max_moves, price=price)
 
     return plan
 

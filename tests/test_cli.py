@@ -273,6 +273,8 @@ def test_simulation_is_drawn_and_json_goes_to_stdout(trace, tmp_path):
         (["--gpus", 3], "num_replicas=8 is not a multiple of num_gpus=3; nearest: 6, 9"),
         (["--strategy", "fastest"], "strategy='fastest' is not known; choose one of"),
         (["--no-keep", "--max-moves", 3], "max_moves=3 needs keep"),
+        (["--no-keep", "--price", 0.1], "price=0.1 needs keep"),
+        (["--price", -1], "price=-1.0 must be finite and not negative"),
         (["--plot", "plot.doc"], "plot.doc: unknown kind of picture; use .png, .svg or .pdf"),
         (["--json", "/no/such/folder/out.json"], "the folder /no/such/folder does not exist"),
     ],

@@ -109,6 +109,8 @@ def test_all_windows_is_rebalance_experts(trace, keep):
 def test_moves_are_limited(trace):
     plan = all_windows(*SIZES, strategy="greedy", max_moves=1)
     assert replay(trace, plan, num_gpus=G, window=3).moves.max() == 1
+    dear = all_windows(*SIZES, strategy="greedy", price=10.0)
+    assert replay(trace, dear, num_gpus=G, window=3).moves.max() == 0
 
 
 def test_last_window_is_deepseeks(trace):

@@ -47,6 +47,9 @@ def simulate(
     max_moves: Annotated[
         int | None, typer.Option(help="Most slots of a layer that a new plan fetches.")
     ] = None,
+    price: Annotated[
+        float, typer.Option(help="Imbalance of its layer that a fetched slot costs.")
+    ] = 0.0,
     shuffle: Annotated[
         int | None, typer.Option(metavar="SEED", help="Replay the windows in a random order.")
     ] = None,
@@ -72,6 +75,7 @@ def simulate(
         "strategy": names,
         "keep": keep,
         "max_moves": max_moves,
+        "price": price,
         "shuffle": shuffle,
     }
     with told():
@@ -90,7 +94,12 @@ def simulate(
         checked = cast(Policy, policy)  # by every plan
         plans = {
             name: all_windows(
-                *sizes, keep=keep, policy=checked, strategy=resolve(name), max_moves=max_moves
+                *sizes,
+                keep=keep,
+                policy=checked,
+                strategy=resolve(name),
+                max_moves=max_moves,
+                price=price,
             )
             for name in names
         }
