@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike
 from eplb_jax.metrics import gpu_loads
 from eplb_jax.transition import moves
 from eplb_jax.types import Placement
-from eplb_jax.validation import LoadLike, as_load, as_price
+from eplb_jax.validation import LoadLike, as_amount, as_load
 
 Action = Literal["apply", "keep", "not enough evidence"]
 
@@ -167,7 +167,7 @@ def _token_seconds(
 
 
 def _positive(name: str, value: float, *, zero: bool = False) -> float:
-    number = float(as_price(name, value))
+    number = as_amount(name, value)
     if number == 0 and not zero:
         raise ValueError(f"{name}=0 must be more than 0")
     return number

@@ -10,9 +10,8 @@ from jaxtyping import Array, Float, Int32, Key
 from eplb_jax.forecast import Forecast
 from eplb_jax.joint import counts_over_windows
 from eplb_jax.packing.distinct import repeats_in
-from eplb_jax.packing.lanes import LOAD_BITS, fixed_point, index_bits, loads_of
 from eplb_jax.packing.objective import best
-from eplb_jax.packing.search import packs
+from eplb_jax.packing.search import added_up, packs
 from eplb_jax.packing.strategy import Strategy
 from eplb_jax.replication import listed, replicate
 from eplb_jax.types import Replication
@@ -104,13 +103,12 @@ def _best(
     num_slots = replicas.expert.shape[1]
     on_gpu = replicas.expert.reshape(num_layers, choices, num_gpus, num_slots // num_gpus)
     windows = all_normalised(seen if seen.ndim == 3 else seen[:, None])
-    bits = LOAD_BITS - index_bits(windows.shape[1]) if windows.shape[1] > 1 else LOAD_BITS
 
     def scores(on_gpu: Array, count: Array, windows: Array) -> tuple[Array, Array]:
         per_replica = windows / count.astype(jnp.float32)
-        units = fixed_point(per_replica, on_gpu.shape[1], bits)
-        heaviest = jnp.max(jax.vmap(lambda x: loads_of(x, on_gpu))(units), axis=1)
-        return repeats_in(on_gpu), jnp.sum(heaviest, dtype=jnp.int32)
+        one = on_gpu[..., None]  # one packing is one lane
+        (heaviest,) = added_up(lambda loads: (jnp.max(loads, axis=0),), per_replica, one)
+        return repeats_in(on_gpu), heaviest[0]
 
     each = jax.vmap(jax.vmap(scores, (0, 0, None)))(on_gpu, counts, windows)
     choice = jax.vmap(lambda *scores: best(scores, 1)[0])(*each)[:, None, None]

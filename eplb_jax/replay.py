@@ -83,10 +83,10 @@ def replay(
     placed, gpu_load, moved, seconds, compiling = None, [], [], [], 0.0
     for t in range(window, len(loads), every):
         make = partial(plan, loads[t - window : t], placed)
-        new, took = _timed(make)
+        new, took = timed(make)
         if len(seconds) < 2:
             first = took
-            new, took = _timed(make)
+            new, took = timed(make)
             compiling += max(first - took, 0.0)
         seconds.append(took)
         check_divides("num_gpus", num_gpus, "number of slots", new.phy2log.shape[1])
@@ -187,7 +187,8 @@ def _checked(trace: LoadLike, window: int) -> tuple[np.ndarray, int]:
     return loads, window
 
 
-def _timed(make: Callable[[], Placement]) -> tuple[Placement, float]:
+def timed(make: Callable[[], Placement]) -> tuple[Placement, float]:
+    """A plan, and the seconds until it was there."""
     start = time.perf_counter()
     placement = jax.block_until_ready(make())
     return placement, time.perf_counter() - start

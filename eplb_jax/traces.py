@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple, SupportsFloat, SupportsIndex, get_args
 import numpy as np
 from jaxtyping import Float, Int64
 
-from eplb_jax.validation import as_count, check_divides
+from eplb_jax.validation import as_count, as_number, check_divides
 
 Kind = Literal["stationary", "drift", "topics", "bursts"]
 
@@ -143,7 +143,7 @@ def generate(
     skew = _number("skew", skew, 0, _MOST_SKEW)
     topics = as_count("topics", topics)
     change = _change(kind, change)
-    draws, sampling = np.random.SeedSequence(_seed(seed)).spawn(2)
+    draws, sampling = np.random.SeedSequence(as_count("seed", seed, least=0)).spawn(2)
     process = _process(kind, shape, change, topics, np.random.default_rng(draws))
 
     def trace(skew: float) -> Int64[np.ndarray, "T L E"]:
@@ -158,10 +158,7 @@ def generate(
 def _number(
     name: str, value: SupportsFloat, least: float = -math.inf, most: float = math.inf
 ) -> float:
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        raise TypeError(f"{name} must be a number, got {value!r}") from None
+    number = as_number(name, value)
     if math.isnan(number) and math.isinf(most):
         raise ValueError(f"{name}={number} is not a number")
     if not least <= number <= most:
@@ -178,16 +175,6 @@ def _change(kind: Kind, change: SupportsFloat | None) -> float:
     if change is None:
         return _CHANGE[kind]
     return _number("change", change, 0, _MOST_SKEW if kind == "drift" else 1)
-
-
-def _seed(seed: SupportsIndex) -> int:
-    try:
-        number = seed.__index__()
-    except AttributeError:
-        raise TypeError(f"seed must be a whole number, got {seed!r}") from None
-    if number < 0:
-        raise ValueError(f"seed={number} is less than 0; nearest: 0")
-    return number
 
 
 def _process(
@@ -280,7 +267,7 @@ def _balanced(
     def visit(skew: float) -> float:
         nonlocal nearest, found
         load = trace(skew)
-        reached = _balancedness(load, num_gpus)
+        reached = balancedness_of(load, num_gpus)
         if found is None or abs(reached - target) < abs(nearest - target):
             nearest, found = reached, load
         return reached
@@ -300,6 +287,12 @@ def _balanced(
     return found
 
 
-def _balancedness(load: Int64[np.ndarray, "T L E"], num_gpus: int) -> float:
+def balancedness_of(load: Int64[np.ndarray, "T L E"], num_gpus: int) -> float:
+    """Mean / heaviest GPU with experts in order, in the mean over windows and layers.
+
+    Example:
+        >>> balancedness_of(np.array([[[3, 1, 2, 2]]]), 2)
+        1.0
+    """
     gpu_load = load.reshape(*load.shape[:2], num_gpus, -1).sum(axis=-1)
     return float(np.mean(gpu_load.mean(axis=-1) / gpu_load.max(axis=-1)))

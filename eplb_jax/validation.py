@@ -2,14 +2,14 @@
 
 import operator
 from collections.abc import Sequence
-from typing import SupportsIndex
+from typing import SupportsFloat, SupportsIndex
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.core import Tracer
-from jaxtyping import Array, Float, Int32, Key
+from jaxtyping import Array, Float, Int, Int32, Key
 from numpy.typing import ArrayLike
 
 from eplb_jax.types import Placement
@@ -97,39 +97,52 @@ def as_experts(
     return jnp.asarray(array, jnp.int32)
 
 
+def lacking(experts: Int[np.ndarray, "L R"], num_experts: int) -> Int[np.ndarray, "k 2"]:
+    """Layer and expert wherever a layer has no slot for an expert."""
+    held = np.zeros((len(experts), num_experts), bool)
+    held[np.arange(len(experts))[:, None], experts] = True
+    return np.argwhere(~held)
+
+
 def check_complete(experts: Int32[Array, "L R"], num_experts: int, name: str) -> None:
     """Raise ValueError if a layer lacks an expert, where that can be seen."""
     if isinstance(experts, Tracer):
         return
-    for layer, held in enumerate(np.asarray(experts)):
-        for expert in np.setdiff1d(np.arange(num_experts), held)[:1]:
-            raise ValueError(f"{name} has no slot for expert {expert} in layer {layer}")
+    for layer, expert in lacking(np.asarray(experts), num_experts)[:1]:
+        raise ValueError(f"{name} has no slot for expert {expert} in layer {layer}")
 
 
 def as_limit(name: str, value: SupportsIndex | Array) -> Int32[Array, ""]:
     """A whole number that is not negative."""
     if isinstance(value, Tracer):
         return value.astype(jnp.int32)
-    try:
-        count = operator.index(value)
-    except TypeError:
-        raise TypeError(f"{name} must be a whole number, got {value!r}") from None
+    count = _whole(name, value)
     if count < 0:
         raise ValueError(f"{name}={count} is negative; nearest: 0")
     return jnp.asarray(min(count, np.iinfo(np.int32).max), jnp.int32)
 
 
 def as_price(name: str, value: float | Array) -> Float[Array, ""]:
-    """A number that is finite and not negative."""
+    """`as_amount` as an array, or the number of a trace as it is."""
     if isinstance(value, Tracer):
         return value.astype(jnp.float32)
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        raise TypeError(f"{name} must be a number, got {value!r}") from None
+    return jnp.asarray(as_amount(name, value), jnp.float32)
+
+
+def as_amount(name: str, value: SupportsFloat) -> float:
+    """A number that is finite and not negative."""
+    number = as_number(name, value)
     if not 0 <= number <= np.finfo(np.float32).max:
         raise ValueError(f"{name}={number} must be finite and not negative; nearest: 0")
-    return jnp.asarray(number, jnp.float32)
+    return number
+
+
+def as_number(name: str, value: SupportsFloat) -> float:
+    """Any number."""
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} must be a number, got {value!r}") from None
 
 
 def _to_numpy(value: LoadLike, name: str) -> np.ndarray:
@@ -183,15 +196,19 @@ def relative(load: Float[Array, "L E"]) -> Float[Array, "L E"]:
     return load / jnp.where(largest > 0, largest, 1)
 
 
-def as_count(name: str, value: SupportsIndex) -> int:
-    """A whole number of at least 1."""
+def as_count(name: str, value: SupportsIndex, least: int = 1) -> int:
+    """A whole number of at least 1, or `least`."""
+    count = _whole(name, value)
+    if count < least:
+        raise ValueError(f"{name}={count} is less than {least}; nearest: {least}")
+    return count
+
+
+def _whole(name: str, value: SupportsIndex) -> int:
     try:
-        count = operator.index(value)
+        return operator.index(value)
     except TypeError:
         raise TypeError(f"{name} must be a whole number, got {value!r}") from None
-    if count < 1:
-        raise ValueError(f"{name}={count} is less than 1; nearest: 1")
-    return count
 
 
 def check_divides(

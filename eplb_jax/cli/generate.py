@@ -9,7 +9,6 @@ import typer
 from eplb_jax import traces
 from eplb_jax.cli.arguments import told
 from eplb_jax.cli.files import check_writable, write_whole
-from eplb_jax.replay import in_order
 
 KINDS = ", ".join(get_args(traces.Kind))
 
@@ -57,8 +56,7 @@ def generate(
             write_whole(output, lambda file: np.savez_compressed(file, load=load))
         else:
             write_whole(output, lambda file: np.save(file, load))
-        gpu_load = in_order(load, gpus or experts)
-        even = np.mean(gpu_load.mean(axis=2) / gpu_load.max(axis=2))
+        even = traces.balancedness_of(load, gpus or experts)
         over = f"{gpus} GPUs" if gpus else "one expert a GPU"
         typer.echo(
             f"{output}: {windows} windows x {layers} layers x {experts} experts; "

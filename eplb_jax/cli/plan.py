@@ -1,8 +1,6 @@
 """`eplb-jax plan`: one plan from one measured load."""
 
 import json
-import time
-from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, cast
@@ -20,7 +18,7 @@ from eplb_jax.metrics import Balance, balance, evenness, gap
 from eplb_jax.packing.strategy import STRATEGIES
 from eplb_jax.placement import check_placement
 from eplb_jax.rebalance import Policy, rebalance_experts, resolve_policy
-from eplb_jax.replay import in_order
+from eplb_jax.replay import in_order, timed
 from eplb_jax.types import Placement
 
 
@@ -66,8 +64,8 @@ def plan(
                 key=jax.random.key(seed),
             )
 
-        placement, first = _timed(make)
-        _, again = _timed(make)
+        placement, first = timed(make)
+        _, again = timed(make)
         check_placement(placement)
         before, after = _unplanned(counts, gpus), balance(counts, placement, gpus)
         _print_table(counts.shape, before, after, gap(counts, placement, gpus))
@@ -96,12 +94,6 @@ def plan(
             write_whole(output, lambda file: file.write(text.encode()))
         if plot is not None:
             _draw(plot, before, after)
-
-
-def _timed(make: Callable[[], Placement]) -> tuple[Placement, float]:
-    start = time.perf_counter()
-    placement = jax.block_until_ready(make())
-    return placement, time.perf_counter() - start
 
 
 def _unplanned(counts: np.ndarray, num_gpus: int) -> Balance:

@@ -231,13 +231,13 @@ def search(
         contents = strategy.refinement(contents, seen, key, label)
     if strategy.keep == 1:
         return contents[..., 0]
-    scores = _added_up(strategy.objective, seen, contents)
+    scores = added_up(strategy.objective, seen, contents)
     if label is not None:
         scores = (repeats_in(label[contents]), *scores)
     return contents[..., best(scores, 1)[0]]
 
 
-def _added_up(
+def added_up(
     objective: Objective, seen: Float[Array, "*T n"], contents: Int32[Array, "m c K"]
 ) -> tuple[Num[Array, " K"], ...]:
     """The objective of every packing, added up over windows."""

@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 
 from eplb_jax.packing.strategy import Strategy, resolve
-from eplb_jax.validation import as_limit
+from eplb_jax.validation import as_limit, lacking
 from eplb_torch.eplb import rebalance_experts
 
 VARIABLE = "EPLB_TORCH_VLLM"
@@ -76,8 +76,7 @@ def _is_whole(old: torch.Tensor, shape: tuple[int, int], num_experts: int) -> bo
     """Whether it is a map of this shape with a slot for every expert."""
     if old.shape != shape or old.min() < 0 or old.max() >= num_experts:
         return False
-    slots = torch.zeros(shape[0], num_experts, dtype=torch.bool)
-    return bool(slots.scatter_(1, old.long().cpu(), True).all())
+    return not len(lacking(old.cpu().numpy(), num_experts))
 
 
 def install(strategy: str | Strategy = "auto", max_moves: int | None = None) -> None:
