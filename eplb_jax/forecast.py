@@ -15,6 +15,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jaxtyping import Array, Bool, Float, Int32
 
 from eplb_jax.packing.lanes import fixed_point
@@ -100,20 +101,29 @@ def _predicted(
     share: Int32[Array, "L T E"], seen: Bool[Array, "L T 1"]
 ) -> tuple[Int32[Array, "L E"], Int32[Array, "L 1"]]:
     """The prediction of each layer, and its weight in `_PARTS` of that of the windows."""
-    gains = jnp.asarray(_GAINS, jnp.int32)[:, None, None]
-    state = jnp.broadcast_to(share[:, 0], (len(_GAINS), *share[:, 0].shape))
-    count = seen[:, 0].astype(jnp.int32)
-    error = jnp.zeros((len(_GAINS), share.shape[0]), jnp.int32)
-    for t in range(1, share.shape[1]):
-        new, there = share[:, t], seen[:, t]
+    gains = jnp.asarray(_GAINS[1:], jnp.int32)[:, None, None]
+
+    def step(carry: tuple[Array, ...], window: tuple[Array, Array]) -> tuple[tuple, None]:
+        state, count, error = carry
+        new, there = window
         missed = jnp.sum(jnp.abs(new - state), axis=2, dtype=jnp.int32) // MOST_WINDOWS
         # The first error is that of the first window, whatever the gain.
         error += jnp.where((there & (count > 1))[:, 0], missed, 0)
         count += there.astype(jnp.int32)
         change = new - state
-        to_mean = change // jnp.maximum(count, 1)
-        weighted = jnp.where(count > 1, change // 64 * gains, change)
-        state = state + jnp.where(there, jnp.where(gains == 0, to_mean, weighted), 0)
+        to_mean = change[:1] // jnp.maximum(count, 1)
+        to_new = jnp.where(count > 1, (change[1:] >> 6) * gains, change[1:])
+        state += jnp.where(there, jnp.concatenate([to_mean, to_new]), 0)
+        return (state, count, error), None
+
+    first = share[:, 0]
+    start = (
+        jnp.broadcast_to(first, (len(_GAINS), *first.shape)),
+        seen[:, 0].astype(jnp.int32),
+        jnp.zeros((len(_GAINS), share.shape[0]), jnp.int32),
+    )
+    rest = jnp.moveaxis(share[:, 1:], 1, 0), jnp.moveaxis(seen[:, 1:], 1, 0)
+    (state, _, error), _ = lax.scan(step, start, rest)
     best = jnp.argmin(error, axis=0)
     predicted = jnp.take_along_axis(state, best[None, :, None], axis=0)[0]
     least = jnp.min(error, axis=0).astype(jnp.float32)

@@ -66,21 +66,24 @@ def replicate(
     """
     num_experts = load.shape[1]
 
-    def layer(load: Float[Array, " E"]) -> Replication:
-        def give(count: Int32[Array, " E"], _: None) -> tuple[Array, tuple[Array, Array]]:
-            quotient = load / (count.astype(jnp.float32) + offset)
-            if most is not None:
-                quotient = jnp.where(count < most, quotient, -1)
-            expert = first_equal(quotient, jnp.max(quotient))
-            return jnp.where(once == expert, count + 1, count), (expert, count[expert])
+    load = load.T
+    expert = jnp.arange(num_experts, dtype=jnp.int32)[:, None]
 
-        once = jnp.arange(num_experts, dtype=jnp.int32)
-        alone = jnp.ones(num_experts, jnp.int32)
-        logcnt, (expert, rank) = lax.scan(give, alone, length=num_phy - num_experts)
-        phy2log = jnp.concatenate([once, expert])
-        return Replication(phy2log, jnp.concatenate([jnp.zeros_like(once), rank]), logcnt)
+    def give(count: Int32[Array, "E L"], _: None) -> tuple[Array, tuple[Array, Array]]:
+        quotient = load / (count.astype(jnp.float32) + offset)
+        if most is not None:
+            quotient = jnp.where(count < most, quotient, -1)
+        chosen = first_equal(quotient, jnp.max(quotient, axis=0))
+        here = expert == chosen
+        rank = jnp.max(jnp.where(here, count, 0), axis=0)
+        return jnp.where(here, count + 1, count), (chosen, rank)
 
-    return Replication(*jax.vmap(layer)(load))
+    logcnt, (chosen, rank) = lax.scan(
+        give, jnp.ones(load.shape, jnp.int32), length=num_phy - num_experts
+    )
+    once = jnp.broadcast_to(expert, load.shape)
+    phy2log = jnp.concatenate([once, chosen])
+    return Replication(phy2log.T, jnp.concatenate([jnp.zeros_like(once), rank]).T, logcnt.T)
 
 
 def listed(logcnt: Int32[Array, "L E"], num_phy: int) -> Replication:

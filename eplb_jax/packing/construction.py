@@ -1,7 +1,7 @@
 """From an order to a packing.
 
-A construction takes the weights of the items, heaviest first, and the order in which to place
-them, candidates as trailing lanes. It returns the items of every pack and the load of every
+A construction takes the weights of the items, heaviest first, of all lanes or of each, and the
+order in which to place them; lanes are candidates, or layers. It returns the items of every pack and the load of every
 pack. All of them fill each pack with exactly n / m items.
 """
 
@@ -16,9 +16,9 @@ from eplb_jax.packing.lanes import (
     first_equal,
     fixed_point,
     index_bits,
+    look_up,
     rows,
     sort_lanes,
-    take_rows,
 )
 
 
@@ -34,7 +34,7 @@ class Construction(Protocol):
     """What a strategy asks of a construction."""
 
     def __call__(
-        self, weight: Float[Array, " n"], order: Int32[Array, "n *K"], num_packs: int
+        self, weight: Float[Array, "..."], order: Int32[Array, "n *K"], num_packs: int
     ) -> Constructed:
         """Place the items of every lane in its order."""
         ...
@@ -48,7 +48,7 @@ class _Greedy(NamedTuple):
     pack_index: Int32[Array, "n *K"]
 
 
-def greedy(weight: Float[Array, " n"], order: Int32[Array, "n *K"], num_packs: int) -> Constructed:
+def greedy(weight: Float[Array, "..."], order: Int32[Array, "n *K"], num_packs: int) -> Constructed:
     """Every item in turn to the lightest pack with room, the lowest index among equals.
 
     Adds float32 loads in the order of the items, as DeepSeek's EPLB does, so that LPT order
@@ -58,7 +58,7 @@ def greedy(weight: Float[Array, " n"], order: Int32[Array, "n *K"], num_packs: i
         DeepSeek-AI, EPLB (github.com/deepseek-ai/EPLB), `balanced_packing`.
     """
     n, *lanes = order.shape
-    placed = take_rows(weight, order)
+    placed = look_up(weight, order)
 
     def place(i: Array | int, carry: _Greedy) -> _Greedy:
         room = jnp.where(carry.items < n // num_packs, carry.loads, jnp.inf)
@@ -87,7 +87,7 @@ class _QuantisedGreedy(NamedTuple):
 
 
 def quantised_greedy(
-    weight: Float[Array, " n"], order: Int32[Array, "n *K"], num_packs: int
+    weight: Float[Array, "..."], order: Int32[Array, "n *K"], num_packs: int
 ) -> Constructed:
     """`greedy` on loads rounded to fixed point: for many candidates at once.
 
@@ -100,7 +100,7 @@ def quantised_greedy(
     item_bits, pack_bits = index_bits(capacity + 1), index_bits(num_packs)
     low = item_bits + pack_bits
     full = 1 << 30
-    step = take_rows((fixed_point(weight, capacity, 30 - low) << low) + 1, order)
+    step = look_up((fixed_point(weight, capacity, 30 - low) << low) + 1, order)
 
     def place(i: Array | int, carry: _QuantisedGreedy) -> _QuantisedGreedy:
         lightest = jnp.min(carry.state, axis=0)
@@ -132,7 +132,7 @@ def _contents(
 
 
 def chunked_greedy(
-    weight: Float[Array, " n"], order: Int32[Array, "n *K"], num_packs: int
+    weight: Float[Array, "..."], order: Int32[Array, "n *K"], num_packs: int
 ) -> Constructed:
     """Chunks of m items: the first of a chunk to the lightest pack, the last to the heaviest.
 
@@ -149,7 +149,7 @@ def chunked_greedy(
         return state + added, state & ((1 << pack_bits) - 1)
 
     empty = jnp.zeros((num_packs, *lanes), jnp.int32)
-    added = take_rows(integer << pack_bits, chunks)
+    added = look_up(integer << pack_bits, chunks)
     state, packs = lax.scan(place, empty + rows(num_packs, empty), added)
     by_pack = jax.vmap(sort_lanes)((packs << item_bits) | chunks) & ((1 << item_bits) - 1)
     return Constructed(jnp.swapaxes(by_pack, 0, 1), state >> pack_bits)

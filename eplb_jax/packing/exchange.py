@@ -22,7 +22,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int32, Key, Num
 
-from eplb_jax.packing.lanes import falling, first_equal, fixed_point, take_rows, unfused
+from eplb_jax.packing.lanes import falling, fixed_point, least_row, take_rows
 
 BITS = 27
 """For the load of a pack: two of `_NEVER` and twice a difference of loads fit in an int32."""
@@ -34,7 +34,6 @@ _NEVER = 1 << 29
 _ANYTHING = 1 << 28
 """More than any difference of two packs, less than what a `_NEVER` leaves."""
 
-
 class State(NamedTuple):
     """The item in every place, with its loads in fixed point and its label."""
 
@@ -42,13 +41,10 @@ class State(NamedTuple):
     item: Int32[Array, "c m"]
     label: Int32[Array, "c m"]
 
-    def columns(self, index: Int32[Array, " k"]) -> "State":
-        """Some packs, in this order."""
 
-        def chosen(x: Array) -> Array:
-            return jnp.moveaxis(take_rows(jnp.moveaxis(x, -1, 0), index), 0, -1)
-
-        return jax.tree.map(chosen, self)
+def columns(x: Num[Array, "*T n"], index: Int32[Array, "..."]) -> Num[Array, "..."]:
+    """``x[..., index]`` for indices known to be in range."""
+    return x.at[..., index].get(mode="promise_in_bounds")
 
 
 def loads(value: Int32[Array, "T c m"]) -> Int32[Array, "T m"]:
@@ -115,18 +111,44 @@ class Pairs(Exchanges):
     def improve(self, state: State, key: Key[Array, ""], *, labelled: bool) -> State:
         """Exchange in all pairs."""
         del key
-        num_windows, _, num_packs = state.value.shape
+        num_windows, capacity, num_packs = state.value.shape
+        known = jax.tree.map(lambda x: x.reshape(*x.shape[:-2], -1), state)
         table = jnp.asarray(schedule(num_packs, self.rounds))
 
-        def round_of(i: Array | int, state: State) -> State:
-            by_window = loads(state.value)
+        def round_of(i: Array | int, packs: _Packs) -> _Packs:
+            together = jax.tree.map(lambda *x: jnp.concatenate(x, axis=-1), *packs)
             turn = jnp.asarray(i, jnp.int32) // 2 % num_windows
-            over_all = jnp.sum(by_window, axis=0, dtype=jnp.int32)
-            load = jnp.where(jnp.asarray(i, jnp.int32) % 2 == 0, over_all, by_window[turn])
-            state = state.columns(take_rows(falling(load), table[i]))
-            return _exchanged(state, self.two, labelled)
+            over_all = jnp.sum(together.load, axis=0, dtype=jnp.int32)
+            load = jnp.where(jnp.asarray(i, jnp.int32) % 2 == 0, over_all, together.load[turn])
+            order = take_rows(falling(load), table[i])
+            return _exchanged(_parted(together.columns(order)), known, self.two, labelled)
 
-        return lax.fori_loop(0, self.rounds, round_of, state)
+        place = jnp.arange(capacity * num_packs, dtype=jnp.int32).reshape(capacity, num_packs)
+        packs = _parted(_Packs(place, loads(state.value)))
+        packs = lax.fori_loop(0, self.rounds, round_of, packs)
+        place = jnp.concatenate([x.place for x in packs], axis=1)
+        return State(*(columns(x, place) for x in known))
+
+
+class _Packs(NamedTuple):
+    """Carry of `Pairs`: in every place the number of its item, and the loads of every pack."""
+
+    place: Int32[Array, "c m"]
+    load: Int32[Array, "T m"]
+
+    def columns(self, index: Int32[Array, " k"]) -> "_Packs":
+        """Some packs, in this order."""
+        return jax.tree.map(lambda x: columns(x, index), self)
+
+
+_Parts = tuple[_Packs, _Packs, _Packs]
+"""Packs, those that they are paired with, and what is left over."""
+
+
+def _parted(packs: _Packs) -> _Parts:
+    half = packs.place.shape[1] // 2
+    parts = slice(half), slice(half, 2 * half), slice(2 * half, None)
+    return tuple(jax.tree.map(lambda x, at=at: x[:, at], packs) for at in parts)
 
 
 def schedule(num_packs: int, rounds: int) -> np.ndarray:
@@ -151,58 +173,60 @@ def schedule(num_packs: int, rounds: int) -> np.ndarray:
     return table
 
 
-def _exchanged(state: State, two: bool, labelled: bool) -> State:
-    """The best exchange in every pair: of pack i with pack h + i, h = m // 2."""
-    _, capacity, num_packs = state.value.shape
-    half = num_packs // 2
-    a, b, bye = (
-        jax.tree.map(lambda x, at=at: x[..., at], state)
-        for at in (slice(half), slice(half, 2 * half), slice(2 * half, None))
-    )
-    apart = loads(a.value) - loads(b.value)
-    limit = _length(apart)
-    barred_a = barred_b = jnp.zeros(a.item.shape, bool)
+def _exchanged(parts: _Parts, known: State, two: bool, labelled: bool) -> _Parts:
+    """The best exchange in every pair."""
+    a, b, bye = parts
+    capacity = a.place.shape[0]
+    limit = _length(a.load - b.load)
+    barred_a = barred_b = jnp.zeros(a.place.shape, bool)
     if labelled:
-        same = a.label[:, None] == b.label
+        label_a, label_b = (columns(known.label, x.place) for x in (a, b))
+        same = label_a[:, None] == label_b
         known_a, known_b = jnp.any(same, axis=1), jnp.any(same, axis=0)
-        urgent = repeats(a.label) & ~known_a, repeats(b.label) & ~known_b
+        urgent = repeats(label_a) & ~known_a, repeats(label_b) & ~known_b
         urgent_a = jnp.any(urgent[0], axis=0)
         urgent_b = jnp.any(urgent[1], axis=0) & ~urgent_a
         barred_a = known_a | (urgent_a & ~urgent[0])
         barred_b = known_b | (urgent_b & ~urgent[1])
-        limit = jnp.where(urgent_a | urgent_b, _length(jnp.full_like(apart, _ANYTHING)), limit)
+        limit = jnp.where(urgent_a | urgent_b, _length(jnp.full_like(a.load, _ANYTHING)), limit)
 
-    place = np.arange(capacity)
-    bundles: list[tuple[np.ndarray, ...]] = [(place,)]
+    sides = _Side(a, barred_a, known.value), _Side(b, barred_b, known.value)
+    length, out, into = _best_exchange(*sides, (np.arange(capacity),))
     if two and capacity > 3:
-        bundles.append(np.triu_indices(capacity, k=1))
-    options = [_best_exchange(apart, a.value, b.value, barred_a, barred_b, x) for x in bundles]
-    chosen = reduce(_less_apart, options)
+        one = _Exchange(length, out.twice(), into.twice())
+        other = _best_exchange(*sides, np.triu_indices(capacity, k=1))
+        shorter = other.length < length
+        length, out, into = jax.tree.map(lambda x, y: jnp.where(shorter, y, x), one, other)
+    good = length < limit
 
-    good, row = chosen.apart < limit, place.astype(np.int32)[:, None]
+    def put(packs: _Packs, out: _Bundle, into: _Bundle) -> _Packs:
+        place = packs.place
+        for at, new in zip(out.at, into.place, strict=True):
+            here = good & (jnp.arange(capacity, dtype=jnp.int32)[:, None] == at)
+            place = jnp.where(here, new, place)
+        return _Packs(place, packs.load + jnp.where(good, into.weight - out.weight, 0))
 
-    def put(x: Array, places: _Places, there: Array, others: _Places) -> Array:
-        for at, other in zip(places, others, strict=True):
-            x = jnp.where(good & (row == at), _at_places(there, other), x)
-        return x
-
-    def put_together(a: Array, b: Array, bye: Array) -> Array:
-        new_a = put(a, chosen.from_a, b, chosen.from_b)
-        new_b = put(b, chosen.from_b, a, chosen.from_a)
-        return jnp.concatenate([new_a, new_b, bye], axis=-1)
-
-    return jax.tree.map(put_together, a, b, bye)
+    return put(a, out, into), put(b, into, out), bye
 
 
-_Places = tuple[Int32[Array, " h"], Int32[Array, " h"]]
+class _Bundle(NamedTuple):
+    """One or two items of every pack: where they are, which they are, and what they weigh."""
+
+    at: tuple[Int32[Array, " h"], ...]
+    place: tuple[Int32[Array, " h"], ...]
+    weight: Int32[Array, "T h"]
+
+    def twice(self) -> "_Bundle":
+        """One item named as two, as bundles of two are."""
+        return _Bundle(self.at * 2, self.place * 2, self.weight)
 
 
 class _Exchange(NamedTuple):
-    """How far apart a pair is after an exchange, and the one or two places on both sides."""
+    """How far apart a pair is after an exchange, and what goes from one to the other and back."""
 
-    apart: Num[Array, " h"]
-    from_a: _Places
-    from_b: _Places
+    length: Num[Array, " h"]
+    out: _Bundle
+    into: _Bundle
 
 
 def _length(apart: Num[Array, "T *h"]) -> Num[Array, "*h"]:
@@ -212,50 +236,50 @@ def _length(apart: Num[Array, "T *h"]) -> Num[Array, "*h"]:
     return reduce(jnp.add, [jnp.square(x.astype(jnp.float32)) for x in apart])
 
 
-def _at_places(x: Num[Array, "*T c h"], place: Int32[Array, " h"]) -> Num[Array, "*T 1 h"]:
+class _Side(NamedTuple):
+    """Packs, which of their items must stay, and the loads of all items."""
+
+    packs: _Packs
+    barred: Bool[Array, "c h"]
+    value: Int32[Array, "T n"]
+
+    def after(self, bundles: tuple[np.ndarray, ...], barred: int) -> Num[Array, "T s h"]:
+        """What the pack weighs without a bundle, and its partner more with it; or `barred`."""
+        value, never = columns(self.value, self.packs.place), self.barred
+        if len(bundles) > 1:
+            value = reduce(jnp.add, [value[:, k] for k in bundles])
+            never = reduce(jnp.logical_or, [never[k] for k in bundles])
+        load = jnp.where(never, barred, self.packs.load[:, None] - 2 * value)
+        # Squares are of whole numbers in floats, made once and not in every comparison.
+        return load if len(load) == 1 else load.astype(jnp.float32)
+
+    def bundle(self, bundles: tuple[np.ndarray, ...], one: Int32[Array, " h"]) -> _Bundle:
+        """The bundle of this number."""
+        at = tuple(take_rows(jnp.asarray(k, jnp.int32), one) for k in bundles)
+        place = tuple(_at_place(self.packs.place, k) for k in at)
+        weight = reduce(jnp.add, [columns(self.value, x) for x in place])
+        return _Bundle(at, place, weight)
+
+
+def _at_place(x: Int32[Array, "c h"], place: Int32[Array, " h"]) -> Int32[Array, " h"]:
     """What every pack holds at its place."""
-    place = jnp.broadcast_to(place, (*x.shape[:-2], 1, x.shape[-1]))
-    return jnp.take_along_axis(x, place, axis=-2, mode="promise_in_bounds")
+    return jnp.take_along_axis(x, place[None], axis=0, mode="promise_in_bounds")[0]
 
 
-def _best_exchange(
-    apart: Int32[Array, "T h"],
-    a: Int32[Array, "T c h"],
-    b: Int32[Array, "T c h"],
-    barred_a: Bool[Array, "c h"],
-    barred_b: Bool[Array, "c h"],
-    bundles: tuple[np.ndarray, ...],
-) -> _Exchange:
+def _best_exchange(a: _Side, b: _Side, bundles: tuple[np.ndarray, ...]) -> _Exchange:
     """The exchange of as many items as `bundles` has places that leaves least between a pair."""
-
-    def weighed(x: Array, barred: Array) -> tuple[Array, Array]:
-        weights = reduce(jnp.add, [2 * x[:, k] for k in bundles])
-        return weights, reduce(jnp.logical_or, [barred[k] for k in bundles])
-
-    moved, never = weighed(a, barred_a)
-    left = jnp.where(never, _NEVER, apart[:, None] - moved)
-    moved, never = weighed(b, barred_b)
-    right = jnp.where(never, _NEVER, moved)
-    if len(apart) > 1:  # once, not in every comparison
-        left, right = left.astype(jnp.float32), right.astype(jnp.float32)
+    left, right = a.after(bundles, _NEVER), b.after(bundles, -_NEVER)
 
     def against(i: Array | int, least: Array) -> Array:
-        return jnp.minimum(least, _length(left + right[:, i, None]))
+        return jnp.minimum(least, _length(left - right[:, i, None]))
 
     count = right.shape[1]
-    start = _length(left + right[:, 0, None])
-    least = lax.fori_loop(1, count, against, start, unroll=min(max(count - 1, 1), 4))
-    after = jnp.min(least, axis=0)
-    from_a = first_equal(least, after)
-    left_after = unfused(_length(_at_places(left, from_a) + right))
-    from_b = first_equal(left_after, jnp.min(left_after, axis=0))
-    places = [jnp.asarray(k, jnp.int32) for k in (bundles[0], bundles[-1])]
-    return _Exchange(
-        after,
-        (take_rows(places[0], from_a), take_rows(places[1], from_a)),
-        (take_rows(places[0], from_b), take_rows(places[1], from_b)),
-    )
+    start = _length(left - right[:, 0, None])
+    # Written out, several windows take XLA:CPU an eighth of the time.
+    unroll = max(count - 1, 1) if len(left) > 1 else min(max(count - 1, 1), 4)
+    length, from_a = least_row(lax.fori_loop(1, count, against, start, unroll=unroll))
+    out = a.bundle(bundles, from_a)
+    left = (a.packs.load - 2 * out.weight).astype(left.dtype)
+    _, from_b = least_row(_length(left[:, None] - right))
+    return _Exchange(length, out, b.bundle(bundles, from_b))
 
-
-def _less_apart(one: _Exchange, other: _Exchange) -> _Exchange:
-    return jax.tree.map(lambda x, y: jnp.where(other.apart < one.apart, y, x), one, other)

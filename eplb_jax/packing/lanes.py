@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Float, Int32, Num
 
 MAX_ITEMS = 1 << 15
 """Two indices must fit in one int32."""
@@ -41,6 +41,17 @@ def falling_order(value: Float[Array, "n *K"]) -> Int32[Array, "n *K"]:
     low = (1 << index_bits(value.shape[0])) - 1
     falling = ~lax.bitcast_convert_type(value, jnp.int32)
     return sort_lanes((falling & ~low) | rows(value.shape[0], value)) & low
+
+
+def exact_falling_order(value: Float[Array, "n *K"]) -> Int32[Array, "n *K"]:
+    """`falling_order` by all bits of nonnegative values: in two sorts, by the low ones first."""
+    n = value.shape[0]
+    bits = index_bits(n)
+    mask = (1 << bits) - 1
+    falling = ~lax.bitcast_convert_type(value, jnp.int32) & 0x7FFFFFFF
+    by_low = sort_lanes(((falling << bits) & 0x7FFFFFFF) | rows(n, value)) & mask
+    high = pick(falling >> (31 - bits), by_low)
+    return pick(by_low, sort_lanes((high << bits) | rows(n, value)) & mask)
 
 
 def inverse(permutation: Int32[Array, "n *K"]) -> Int32[Array, "n *K"]:
@@ -114,9 +125,11 @@ def fixed_point(weight: Float[Array, "..."], capacity: int, bits: int) -> Int32[
     return (weight * 2.0 ** (bits - 1 - index_bits(capacity))).astype(jnp.int32)
 
 
-def loads_of(units: Int32[Array, " n"], contents: Int32[Array, "m c *K"]) -> Int32[Array, "m *K"]:
+def loads_of(
+    units: Int32[Array, "n *K"], contents: Int32[Array, "m c *K"]
+) -> Int32[Array, "m *K"]:
     """The load of every pack, from weights in fixed point."""
-    return jnp.sum(take_rows(units, contents), axis=1, dtype=jnp.int32)
+    return jnp.sum(look_up(units, contents), axis=1, dtype=jnp.int32)
 
 
 def unfused(x: Array) -> Array:
@@ -127,6 +140,14 @@ def unfused(x: Array) -> Array:
 def take_rows(table: Array, index: Int32[Array, "..."]) -> Array:
     """``table[index]`` for indices known to be in range."""
     return table.at[index].get(mode="promise_in_bounds")
+
+
+def look_up(table: Array, index: Int32[Array, "..."]) -> Array:
+    """The entries of a table [n] that all lanes share, or of [n, *K] with a column for each."""
+    if table.ndim == 1:
+        return take_rows(table, index)
+    flat = index.reshape(-1, *table.shape[1:])
+    return pick(table, flat).reshape(index.shape)
 
 
 def pick(x: Array, index: Int32[Array, "..."]) -> Array:
@@ -140,6 +161,25 @@ def pick(x: Array, index: Int32[Array, "..."]) -> Array:
 def first_equal(x: Array, value: jax.Array) -> Int32[Array, "*K"]:
     """The first row where a lane equals `value`: two plain reductions, faster than argmin."""
     return jnp.min(jnp.where(x == value, rows(x.shape[0], x), x.shape[0] - 1), axis=0)
+
+
+def least_row(x: Num[Array, "r *K"]) -> tuple[Num[Array, "*K"], Int32[Array, "*K"]]:
+    """The least of every lane, and the first row that is so low.
+
+    Half of the rows in one kernel, twice: on XLA:CPU faster than two reductions, and what a loop
+    reads and returns is stored, not computed anew wherever it is read.
+    """
+
+    def compare(i: Array | int, least: tuple[Array, Array]) -> tuple[Array, Array]:
+        lower = x[i] < least[0]
+        return jnp.where(lower, x[i], least[0]), jnp.where(lower, i, least[1])
+
+    count = x.shape[0]
+    unroll = max(min(count // 2, 16), 1)
+    least = x[0], jnp.zeros(x.shape[1:], jnp.int32)
+    for i in range(1, count % unroll):
+        least = compare(i, least)
+    return lax.fori_loop(count % unroll, count, compare, least, unroll=unroll)
 
 
 def ranks(value: Int32[Array, " m"]) -> Int32[Array, " m"]:

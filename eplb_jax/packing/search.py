@@ -1,7 +1,6 @@
 """The search engine: candidates, keep the best, refine them, choose one.
 
-`search` works on one layer whose items go by rank, heaviest first; `packs` lifts it over
-layers. What is drawn at random is shared by all layers (see `orders`).
+Items go by rank, heaviest first. What is drawn at random is shared by all layers (see `orders`).
 """
 
 from functools import partial, reduce
@@ -18,6 +17,7 @@ from eplb_jax.packing.distinct import repeats_in, separate
 from eplb_jax.packing.lanes import (
     LOAD_BITS,
     MAX_ITEMS,
+    exact_falling_order,
     falling_order,
     fixed_point,
     index_bits,
@@ -158,30 +158,32 @@ def packs(
     if strategy.refinement is None or not strategy.refinement.sees_windows:
         windows = None
 
+    weight = normalised(weight)
+    if _keeps_labels(strategy):  # nearly falls, which does for exchanges, in half the time
+        order = falling_order(weight.T).T
+    else:
+        order = exact_falling_order(weight.T).T
+    if num_packs == 1:
+        return order[:, None]
+    if windows is not None:
+        windows = all_normalised(windows)
+    start = _constructed(jax.vmap(take_rows)(weight, order), num_packs, strategy, drawn)
+
     def layer(
+        contents: Int32[Array, "m c K"],
         weight: Float[Array, " n"],
         order: Int32[Array, " n"],
         label: Int32[Array, " n"] | None,
         windows: Float[Array, "T n"] | None,
     ) -> Int32[Array, "m c"]:
-        if num_packs == 1:
-            return order[None]
-        falling = weight[order], None if label is None else label[order]
-        seen = falling[0] if windows is None else windows[:, order]
-        contents = search(*falling, num_packs, strategy, drawn, refine_key, seen)
-        contents = take_rows(order, contents)
+        falling = None if label is None else label[order]
+        seen = weight[order] if windows is None else windows[:, order]
+        contents = take_rows(order, _refined(contents, seen, strategy, refine_key, falling))
         if label is None or _keeps_labels(strategy):
             return contents
         return separate(contents, weight, label, n if repeats is None else repeats)
 
-    weight = normalised(weight)
-    if _keeps_labels(strategy):  # nearly falls, which does for exchanges: a fifteenth of the time
-        order = falling_order(weight.T).T
-    else:
-        order = jnp.argsort(-weight, axis=1, stable=True).astype(jnp.int32)
-    if windows is not None:
-        windows = all_normalised(windows)
-    return jax.vmap(layer)(weight, order, labels, windows)
+    return jax.vmap(layer)(start, weight, order, labels, windows)
 
 
 def _keeps_labels(strategy: Strategy) -> bool:
@@ -206,25 +208,35 @@ def _draw(strategy: Strategy, key: Key[Array, ""], num_items: int) -> _Drawn:
     )
 
 
-def search(
-    weight: Float[Array, " n"],
-    label: Int32[Array, " n"] | None,
-    num_packs: int,
-    strategy: Strategy,
-    drawn: _Drawn,
-    key: Key[Array, ""],
-    seen: Float[Array, "*T n"],
-) -> Int32[Array, "m c"]:
-    """The packing that the strategy finds for one layer, whose weights fall.
+def _constructed(
+    weight: Float[Array, "L n"], num_packs: int, strategy: Strategy, drawn: _Drawn
+) -> Int32[Array, "L m c K"]:
+    """The candidates that go on to the refinement, from falling weights."""
 
-    `seen` are the weights that refined packings are judged by: the same, or those of windows.
-    """
-    if strategy.keep < strategy.num_candidates:
-        kept = best(_scores(weight, num_packs, strategy, drawn), strategy.keep)
-        orders = _select(weight, drawn, kept)
-    else:
-        orders = _orders(weight, drawn)
-    contents = strategy.construction(weight, orders, num_packs).contents
+    def layer(weight: Float[Array, " n"]) -> Int32[Array, "m c K"]:
+        if strategy.keep < strategy.num_candidates:
+            kept = best(_scores(weight, num_packs, strategy, drawn), strategy.keep)
+            orders = _select(weight, drawn, kept)
+        else:
+            orders = _orders(weight, drawn)
+        return strategy.construction(weight, orders, num_packs).contents
+
+    if strategy.num_candidates > 1:
+        return jax.vmap(layer)(weight)
+    # One candidate: the layers are the lanes, or every step would work on short rows.
+    orders = jax.vmap(lambda weight: _orders(weight, drawn))(weight)[..., 0]
+    contents = strategy.construction(weight.T, orders.T, num_packs).contents
+    return jnp.moveaxis(contents, -1, 0)[..., None]
+
+
+def _refined(
+    contents: Int32[Array, "m c K"],
+    seen: Float[Array, "*T n"],
+    strategy: Strategy,
+    key: Key[Array, ""],
+    label: Int32[Array, " n"] | None,
+) -> Int32[Array, "m c"]:
+    """The best packing of a layer; `seen` are the weights, or those in windows, to judge it by."""
     if label is not None and _keeps_labels(strategy):
         contents = _uncrowded(contents, label)
     if strategy.refinement is not None:

@@ -17,6 +17,13 @@ from eplb_jax.packing.construction import Constructed, Construction, quantised_g
 from eplb_jax.packing.lanes import LOAD_BITS, falling, first_equal, fixed_point, loads_of
 
 
+def _lane_by_lane(
+    construction: Construction, weight: Float[Array, "..."], order: Array, num_packs: int
+) -> Constructed:
+    one = lambda weight, order: construction(weight, order, num_packs)  # noqa: E731
+    return jax.vmap(one, (None if weight.ndim == 1 else -1, -1), -1)(weight, order)
+
+
 class _Tuples(NamedTuple):
     """Carry of `differencing`: what was merged so far.
 
@@ -30,7 +37,7 @@ class _Tuples(NamedTuple):
 
 
 def differencing(
-    weight: Float[Array, " n"], order: Int32[Array, "n *K"], num_packs: int
+    weight: Float[Array, "..."], order: Int32[Array, "n *K"], num_packs: int
 ) -> Constructed:
     """Balanced largest differencing: chunks of m items, merged pairwise against each other.
 
@@ -44,8 +51,7 @@ def differencing(
         differencing method applied to the balanced number partitioning problem", STACS 2003.
     """
     if order.ndim > 1:
-        one = lambda order: differencing(weight, order, num_packs)  # noqa: E731
-        return jax.vmap(one, -1, -1)(order)
+        return _lane_by_lane(differencing, weight, order, num_packs)
     items = order.reshape(-1, num_packs)
     chunk = jnp.arange(items.shape[0], dtype=jnp.int32)
 
@@ -75,7 +81,7 @@ class BestOf:
     constructions: tuple[Construction, ...]
 
     def __call__(
-        self, weight: Float[Array, " n"], order: Int32[Array, "n *K"], num_packs: int
+        self, weight: Float[Array, "..."], order: Int32[Array, "n *K"], num_packs: int
     ) -> Constructed:
         """Construct with each."""
         units = fixed_point(weight, weight.shape[0] // num_packs, LOAD_BITS)
@@ -120,15 +126,14 @@ def every_packing(num_items: int, num_packs: int) -> np.ndarray:
 
 
 def exhaustive(
-    weight: Float[Array, " n"], order: Int32[Array, "n *K"], num_packs: int
+    weight: Float[Array, "..."], order: Int32[Array, "n *K"], num_packs: int
 ) -> Constructed:
     """The optimum, by trying every packing: for groups of experts on a few nodes.
 
     The order decides among equals. Up to `MOST_WAYS` packings.
     """
     if order.ndim > 1:
-        one = lambda order: exhaustive(weight, order, num_packs)  # noqa: E731
-        return jax.vmap(one, -1, -1)(order)
+        return _lane_by_lane(exhaustive, weight, order, num_packs)
     packings = jnp.asarray(every_packing(order.shape[0], num_packs))
     units = fixed_point(weight, packings.shape[2], LOAD_BITS)
     heaviest = jnp.max(jnp.sum(units[order][packings], axis=2, dtype=jnp.int32), axis=1)
@@ -137,7 +142,7 @@ def exhaustive(
 
 
 def best_start(
-    weight: Float[Array, " n"], order: Int32[Array, "n *K"], num_packs: int
+    weight: Float[Array, "..."], order: Int32[Array, "n *K"], num_packs: int
 ) -> Constructed:
     """The optimum where there are few packings, else the better of differencing and greedy."""
     if ways(weight.shape[0], num_packs) <= MOST_WAYS:
