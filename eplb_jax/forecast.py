@@ -63,7 +63,8 @@ def forecast_of(weight: Float[Array, "*T L E"], *, summed: bool) -> Forecast:
         return Forecast(sanitised(windows.sum(axis=0)))
     if windows.shape[0] == 1:
         return Forecast(relative(sanitised(windows[0])))
-    return forecast(sanitised(jnp.moveaxis(windows, 0, 1)))
+    with jax.named_scope("forecast"):
+        return forecast(sanitised(jnp.moveaxis(windows, 0, 1)))
 
 
 def forecast(windows: Float[Array, "L T E"]) -> Forecast:

@@ -106,8 +106,8 @@ def _best(
 
     def scores(on_gpu: Array, count: Array, windows: Array) -> tuple[Array, Array]:
         per_replica = windows / count.astype(jnp.float32)
-        one = on_gpu[..., None]  # one packing is one lane
-        (heaviest,) = added_up(lambda loads: (jnp.max(loads, axis=0),), per_replica, one)
+        one, each = on_gpu[..., None], per_replica[..., None]  # one packing is one lane
+        (heaviest,) = added_up(lambda loads: (jnp.max(loads, axis=0),), each, one)
         return repeats_in(on_gpu), heaviest[0]
 
     each = jax.vmap(jax.vmap(scores, (0, 0, None)))(on_gpu, counts, windows)

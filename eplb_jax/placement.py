@@ -19,7 +19,8 @@ def place(replicas: Replication) -> Placement:
     def slots(expert: Int32[Array, " R"], rank: Int32[Array, " R"]) -> Int32[Array, "E X"]:
         return jnp.full((num_experts, most), -1, jnp.int32).at[expert, rank].set(slot)
 
-    return Placement(phy2log, jax.vmap(slots)(phy2log, rank), logcnt)
+    with jax.named_scope("maps"):
+        return Placement(phy2log, jax.vmap(slots)(phy2log, rank), logcnt)
 
 
 def counted(phy2log: Int32[Array, "L R"], num_experts: int) -> Int32[Array, "L E"]:

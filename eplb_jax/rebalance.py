@@ -10,7 +10,8 @@ from jaxtyping import Array, Float, Int32, Key
 from eplb_jax.budget import plan_cost, within_budget
 from eplb_jax.forecast import forecast_of, gathered
 from eplb_jax.node import placed_in_node, taken
-from eplb_jax.packing.search import check_size, packs
+from eplb_jax.packing.balanced import check_size
+from eplb_jax.packing.search import packs
 from eplb_jax.packing.strategy import Strategy, resolve
 from eplb_jax.placement import counted, place, ranks_in, ranks_listed
 from eplb_jax.relabel import relabelled

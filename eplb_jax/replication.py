@@ -78,9 +78,9 @@ def replicate(
         rank = jnp.max(jnp.where(here, count, 0), axis=0)
         return jnp.where(here, count + 1, count), (chosen, rank)
 
-    logcnt, (chosen, rank) = lax.scan(
-        give, jnp.ones(load.shape, jnp.int32), length=num_phy - num_experts
-    )
+    with jax.named_scope("replicas"):
+        start = jnp.ones(load.shape, jnp.int32)
+        logcnt, (chosen, rank) = lax.scan(give, start, length=num_phy - num_experts)
     once = jnp.broadcast_to(expert, load.shape)
     phy2log = jnp.concatenate([once, chosen])
     return Replication(phy2log.T, jnp.concatenate([jnp.zeros_like(once), rank]).T, logcnt.T)

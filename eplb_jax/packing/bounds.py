@@ -27,7 +27,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from eplb_jax.packing.search import check_size
+from eplb_jax.packing.balanced import check_size
 from eplb_jax.replication import replicate
 from eplb_jax.validation import LoadLike, as_count, as_load, check_multiple
 

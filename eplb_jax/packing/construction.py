@@ -45,7 +45,6 @@ class _Greedy(NamedTuple):
 
     loads: Float[Array, "m *K"]
     items: Int32[Array, "m *K"]
-    pack_index: Int32[Array, "n *K"]
 
 
 def greedy(weight: Float[Array, "..."], order: Int32[Array, "n *K"], num_packs: int) -> Constructed:
@@ -60,30 +59,18 @@ def greedy(weight: Float[Array, "..."], order: Int32[Array, "n *K"], num_packs: 
     n, *lanes = order.shape
     placed = look_up(weight, order)
 
-    def place(i: Array | int, carry: _Greedy) -> _Greedy:
+    def place(carry: _Greedy, added: Float[Array, "*K"]) -> tuple[_Greedy, Int32[Array, "*K"]]:
         room = jnp.where(carry.items < n // num_packs, carry.loads, jnp.inf)
         pack = first_equal(room, jnp.min(room, axis=0))
         chosen = rows(num_packs, room) == pack
-        return _Greedy(
-            jnp.where(chosen, carry.loads + placed[i], carry.loads),
-            carry.items + chosen.astype(jnp.int32),
-            carry.pack_index.at[i].set(pack),
-        )
+        loads = jnp.where(chosen, carry.loads + added, carry.loads)
+        return _Greedy(loads, carry.items + chosen.astype(jnp.int32)), pack
 
     start = _Greedy(
-        jnp.zeros((num_packs, *lanes), jnp.float32),
-        jnp.zeros((num_packs, *lanes), jnp.int32),
-        jnp.zeros((n, *lanes), jnp.int32),
+        jnp.zeros((num_packs, *lanes), jnp.float32), jnp.zeros((num_packs, *lanes), jnp.int32)
     )
-    end = lax.fori_loop(0, n, place, start)
-    return Constructed(_contents(end.pack_index, order, num_packs), end.loads)
-
-
-class _QuantisedGreedy(NamedTuple):
-    """Carry of `quantised_greedy`. From high to low bits a state is: full, load, pack, items."""
-
-    state: Int32[Array, "m *K"]
-    pack_index: Int32[Array, "n *K"]
+    end, pack_index = lax.scan(place, start, placed)
+    return Constructed(_contents(pack_index, order, num_packs), end.loads)
 
 
 def quantised_greedy(
@@ -100,25 +87,20 @@ def quantised_greedy(
     item_bits, pack_bits = index_bits(capacity + 1), index_bits(num_packs)
     low = item_bits + pack_bits
     full = 1 << 30
-    step = look_up((fixed_point(weight, capacity, 30 - low) << low) + 1, order)
+    steps = look_up((fixed_point(weight, capacity, 30 - low) << low) + 1, order)
 
-    def place(i: Array | int, carry: _QuantisedGreedy) -> _QuantisedGreedy:
-        lightest = jnp.min(carry.state, axis=0)
-        after = lightest + step[i]
+    # From high to low bits a state is: full, load, pack, items.
+    def place(state: Int32[Array, "m *K"], step: Int32[Array, "*K"]) -> tuple[Array, Array]:
+        lightest = jnp.min(state, axis=0)
+        after = lightest + step
         after = jnp.where((after & ((1 << item_bits) - 1)) == capacity, after | full, after)
         pack = (lightest >> item_bits) & ((1 << pack_bits) - 1)
-        return _QuantisedGreedy(
-            jnp.where(carry.state == lightest, after, carry.state),
-            carry.pack_index.at[i].set(pack),
-        )
+        return jnp.where(state == lightest, after, state), pack
 
     empty = jnp.zeros((num_packs, *lanes), jnp.int32)
-    start = _QuantisedGreedy(
-        empty + (rows(num_packs, empty) << item_bits), jnp.zeros((n, *lanes), jnp.int32)
-    )
-    end = lax.fori_loop(0, n, place, start)
-    loads = (end.state & (full - 1)) >> low
-    return Constructed(_contents(end.pack_index, order, num_packs), loads)
+    state, pack_index = lax.scan(place, empty + (rows(num_packs, empty) << item_bits), steps)
+    loads = (state & (full - 1)) >> low
+    return Constructed(_contents(pack_index, order, num_packs), loads)
 
 
 def _contents(

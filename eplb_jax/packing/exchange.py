@@ -71,13 +71,16 @@ class Exchanges:
     def __call__(
         self,
         contents: Int32[Array, "m c *K"],
-        weight: Float[Array, "*T n"],
+        weight: Float[Array, "..."],
         key: Key[Array, ""],
-        label: Int32[Array, " n"] | None = None,
+        label: Int32[Array, "n *K"] | None = None,
     ) -> Int32[Array, "m c *K"]:
         """Refine every lane."""
         if contents.ndim > 2:
-            return jax.vmap(self, (-1, None, None, None), -1)(contents, weight, key, label)
+            own_weight = weight.ndim > 1 + self.sees_windows
+            own_label = label is not None and label.ndim > 1
+            axes = -1, -1 if own_weight else None, None, -1 if own_label else None
+            return jax.vmap(self, axes, -1)(contents, weight, key, label)
         state = _state(contents, weight, label)
         return self.improve(state, key, labelled=label is not None).item.T
 

@@ -23,6 +23,7 @@ from eplb_jax.packing.lanes import (
     first_equal,
     fixed_point,
     loads_of,
+    look_up,
     pick,
     rows,
     take_rows,
@@ -46,9 +47,9 @@ class Refinement(Protocol):
     def __call__(
         self,
         contents: Int32[Array, "m c *K"],
-        weight: Float[Array, "*T n"],
+        weight: Float[Array, "..."],
         key: Key[Array, ""],
-        label: Int32[Array, " n"] | None = None,
+        label: Int32[Array, "n *K"] | None = None,
     ) -> Int32[Array, "m c *K"]:
         """Return packings that are no worse, or have fewer repeats of a label."""
         ...
@@ -95,9 +96,9 @@ class Swap:
     def __call__(
         self,
         contents: Int32[Array, "m c *K"],
-        weight: Float[Array, " n"],
+        weight: Float[Array, "..."],
         key: Key[Array, ""],
-        label: Int32[Array, " n"] | None = None,
+        label: Int32[Array, "n *K"] | None = None,
     ) -> Int32[Array, "m c *K"]:
         """Refine every lane."""
         del key, label
@@ -110,21 +111,21 @@ class Swap:
 
         return lax.fori_loop(0, self.steps, step, start).items.reshape(contents.shape)
 
-    def _step(self, packs: _Packs, weight: Int32[Array, " n"], capacity: int) -> _Packs:
+    def _step(self, packs: _Packs, weight: Int32[Array, "..."], capacity: int) -> _Packs:
         items, loads = packs
         num_packs = loads.shape[0]
         heavy = _heaviest(loads, min(self.heavy, num_packs))
         light = _heaviest(-loads, num_packs if self.light is None else min(self.light, num_packs))
         heavy_load, light_load = pick(loads, heavy), pick(loads, light)
         diff = heavy_load[:, None] - light_load[None]
-        from_heavy = take_rows(weight, _held(items, heavy, capacity))
-        from_light = take_rows(weight, _held(items, light, capacity))
+        from_heavy = look_up(weight, _held(items, heavy, capacity))
+        from_light = look_up(weight, _held(items, light, capacity))
 
         options = []
         for first, second in _bundles(capacity, self.pairs):
-            out, into = from_heavy[:, first], from_light[:, first]
+            out, into = from_heavy, from_light
             if second is not None:
-                out, into = out + from_heavy[:, second], into + from_light[:, second]
+                out, into = (x[:, first] + x[:, second] for x in (out, into))
             gain, moved, a, i, b, j = _best_pair(out, into, diff)
             a, b = pick(heavy, a), pick(light, b)
             places = [jnp.asarray(x, jnp.int32) for x in (first, second) if x is not None]
@@ -240,14 +241,15 @@ class Rebuild:
     def __call__(
         self,
         contents: Int32[Array, "m c *K"],
-        weight: Float[Array, " n"],
+        weight: Float[Array, "..."],
         key: Key[Array, ""],
-        label: Int32[Array, " n"] | None = None,
+        label: Int32[Array, "n *K"] | None = None,
     ) -> Int32[Array, "m c *K"]:
         """Refine every lane."""
         del label
         if contents.ndim > 2:
-            return jax.vmap(self, (-1, None, None), -1)(contents, weight, key)
+            axes = -1, None if weight.ndim == 1 else -1, None
+            return jax.vmap(self, axes, -1)(contents, weight, key)
         num_packs, capacity = contents.shape
         third = self.third and num_packs > 2
         units = fixed_point(weight, capacity, LOAD_BITS)

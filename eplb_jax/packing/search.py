@@ -1,137 +1,38 @@
 """The search engine: candidates, keep the best, refine them, choose one.
 
-Items go by rank, heaviest first. What is drawn at random is shared by all layers (see `orders`).
+Items go by rank, heaviest first. A lane is a candidate of a layer: all candidates of the first
+layer, then those of the second, and so on. What is drawn at random is shared by all layers (see
+`orders`).
 """
 
-from functools import partial, reduce
-from typing import NamedTuple
+from collections.abc import Callable
+from functools import reduce
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int32, Key, Num
-from numpy.typing import ArrayLike
 
 from eplb_jax.packing.distinct import repeats_in, separate
 from eplb_jax.packing.lanes import (
     LOAD_BITS,
-    MAX_ITEMS,
     exact_falling_order,
     falling_order,
     fixed_point,
     index_bits,
-    inverse,
     loads_of,
+    look_up,
     take_rows,
 )
 from eplb_jax.packing.objective import Objective, best
-from eplb_jax.packing.strategy import Strategy, resolve
-from eplb_jax.types import Packing
-from eplb_jax.validation import (
-    LoadLike,
-    all_normalised,
-    as_count,
-    as_key,
-    as_labels,
-    as_load,
-    check_divides,
-    fixed_if_none,
-    normalised,
-    relative,
-    sanitised,
-)
+from eplb_jax.packing.strategy import Strategy
+from eplb_jax.validation import all_normalised, normalised
 
-BLOCK = 1 << 16
-"""Items times candidates of a layer that are constructed at once: bounds the memory."""
+BLOCK = 1 << 18
+"""Items times lanes that are searched at once: a megabyte an array, which caches hold."""
 
-
-def balanced_packing(
-    weight: LoadLike,
-    num_packs: int,
-    *,
-    strategy: str | Strategy = "auto",
-    key: Key[Array, ""] | None = None,
-    labels: ArrayLike | Array | None = None,
-) -> Packing:
-    """Pack n weighted items of every layer into packs of n / num_packs items, loads even.
-
-    Deterministic: the same weights, strategy and key give the same packing, bit for bit. A
-    layer's packing does not depend on the other layers. Inside `jax.jit`, NaN and negative
-    weights count as zero and infinite ones as the largest float32. n == num_packs gives the
-    identity.
-
-    Args:
-        weight: [L, n] weights in any unit; anything `jnp.asarray` takes. n is at most 32768.
-        num_packs: How many packs; divides n.
-        strategy: A name from `eplb_jax.STRATEGIES` or a `Strategy`.
-        key: Where the strategy draws at random. None: a fixed key.
-        labels: [L, n] whole numbers. Items of a layer with one label, such as replicas of one
-            expert, go to distinct packs where exchanges can bring that about; of more than
-            num_packs with one label, as few as possible meet.
-
-    Returns:
-        The pack of every item, and its place there, each int32 [L, n].
-
-    Raises:
-        TypeError: An argument is of the wrong kind.
-        ValueError: num_packs does not divide n, the strategy is not known, `weight` is not
-            [L, n], labels have another shape, or a weight is NaN, infinite or negative.
-
-    Example:
-        >>> packing = balanced_packing([[8, 1, 6, 3, 5, 4]], 3)
-        >>> packing.pack_index.tolist(), packing.rank_in_pack.tolist()
-        ([[1, 1, 0, 0, 2, 2]], [[0, 1, 0, 1, 0, 1]])
-
-    References:
-        DeepSeek-AI, EPLB (github.com/deepseek-ai/EPLB): the function of this name.
-    """
-    load = as_load(weight, "weight", ("layer", "item"))
-    num_packs = as_count("num_packs", num_packs)
-    check_size(load.shape[1], num_packs)
-    marks = None if labels is None else as_labels(labels, load.shape)
-    options = {"num_packs": num_packs, "strategy": resolve(strategy)}
-    return _balanced_packing(load, as_key(key), marks, **options)
-
-
-def check_size(num_items: int, num_packs: int) -> None:
-    """Raise ValueError unless so many items can be packed."""
-    if num_items > MAX_ITEMS:
-        raise ValueError(f"{num_items} items are too many to pack; nearest: {MAX_ITEMS}")
-    check_divides("num_packs", num_packs, "number of items", num_items)
-
-
-@partial(jax.jit, static_argnames=("num_packs", "strategy"))
-def _balanced_packing(
-    weight: Float[Array, "L n"],
-    key: Key[Array, ""] | None,
-    labels: Int32[Array, "L n"] | None,
-    *,
-    num_packs: int,
-    strategy: Strategy,
-) -> Packing:
-    load, pack_key = sanitised(weight), fixed_if_none(key)
-    if strategy.distinct:
-        load = relative(load)
-    if labels is None:
-        contents = packs(load, num_packs, strategy, pack_key)
-    else:
-        labels = jax.vmap(lambda x: _at_most(num_packs, x))(labels)
-        together = jnp.argsort(labels, axis=1, stable=True).astype(jnp.int32)
-        load, labels = (jnp.take_along_axis(x, together, axis=1) for x in (load, labels))
-        contents = jax.vmap(take_rows)(together, packs(load, num_packs, strategy, pack_key, labels))
-    capacity = contents.shape[2]
-    slot = jax.vmap(inverse)(contents.reshape(weight.shape))
-    return Packing(slot // capacity, slot % capacity)
-
-
-def _at_most(count: int, label: Int32[Array, " n"]) -> Int32[Array, " n"]:
-    """Labels that say which of the same items are the same, but for no more than `count` each."""
-    n = label.shape[0]
-    same = label[:, None] == label
-    first = jnp.argmax(same, axis=1).astype(jnp.int32)
-    earlier = jnp.sum(same & np.tri(n, k=-1, dtype=bool), axis=1, dtype=jnp.int32)
-    return first + n * (earlier // count)
+_Found = TypeVar("_Found")
 
 
 def packs(
@@ -153,41 +54,47 @@ def packs(
     if n == num_packs:
         identity = jnp.arange(n, dtype=jnp.int32)[:, None]
         return jnp.broadcast_to(identity, (num_layers, n, 1))
-    draw_key, refine_key = jax.random.split(key)
-    drawn = _draw(strategy, draw_key, n)
-    if strategy.refinement is None or not strategy.refinement.sees_windows:
-        windows = None
-
+    refinement = strategy.refinement
+    keeps_labels = refinement is not None and refinement.keeps_labels
     weight = normalised(weight)
-    if _keeps_labels(strategy):  # nearly falls, which does for exchanges, in half the time
-        order = falling_order(weight.T).T
-    else:
-        order = exact_falling_order(weight.T).T
+    with jax.named_scope("sorted"):
+        # What nearly falls does for exchanges, in half the time.
+        order = (falling_order if keeps_labels else exact_falling_order)(weight.T)
     if num_packs == 1:
-        return order[:, None]
-    if windows is not None:
-        windows = all_normalised(windows)
-    start = _constructed(jax.vmap(take_rows)(weight, order), num_packs, strategy, drawn)
+        return order.T[:, None]
 
-    def layer(
-        contents: Int32[Array, "m c K"],
-        weight: Float[Array, " n"],
-        order: Int32[Array, " n"],
-        label: Int32[Array, " n"] | None,
-        windows: Float[Array, "T n"] | None,
-    ) -> Int32[Array, "m c"]:
-        falling = None if label is None else label[order]
-        seen = weight[order] if windows is None else windows[:, order]
-        contents = take_rows(order, _refined(contents, seen, strategy, refine_key, falling))
-        if label is None or _keeps_labels(strategy):
-            return contents
-        return separate(contents, weight, label, n if repeats is None else repeats)
-
-    return jax.vmap(layer)(start, weight, order, labels, windows)
+    falling = look_up(weight.T, order)
+    label = None if labels is None else look_up(labels.T, order)
+    seen = falling
+    if refinement is not None and refinement.sees_windows:
+        seen = falling[None]
+        if windows is not None:
+            windows = jnp.moveaxis(all_normalised(windows), 0, -1)
+            seen = jax.vmap(lambda x: look_up(x, order))(windows)
+    found = _found(_Items(falling, seen, label), num_packs, strategy, key)
+    contents = jnp.moveaxis(look_up(order, found), -1, 0)
+    if labels is None or keeps_labels:
+        return contents
+    apart = lambda *x: separate(*x, n if repeats is None else repeats)  # noqa: E731
+    with jax.named_scope("separate"):
+        return jax.vmap(apart)(contents, weight, labels)
 
 
-def _keeps_labels(strategy: Strategy) -> bool:
-    return strategy.refinement is not None and strategy.refinement.keeps_labels
+class _Items(NamedTuple):
+    """The items of every layer, heaviest first.
+
+    `seen` are the weights that refined packings are judged by: the same, or those of windows.
+    """
+
+    weight: Float[Array, "n L"]
+    seen: Float[Array, "*T n L"]
+    label: Int32[Array, "n L"] | None
+
+    def lanes(self, candidates: int) -> "_Items":
+        """The same with so many lanes for a layer."""
+        if candidates == 1:
+            return self
+        return jax.tree.map(lambda x: jnp.repeat(x, candidates, axis=-1), self)
 
 
 class _Drawn(NamedTuple):
@@ -208,116 +115,145 @@ def _draw(strategy: Strategy, key: Key[Array, ""], num_items: int) -> _Drawn:
     )
 
 
-def _constructed(
-    weight: Float[Array, "L n"], num_packs: int, strategy: Strategy, drawn: _Drawn
-) -> Int32[Array, "L m c K"]:
-    """The candidates that go on to the refinement, from falling weights."""
+def _found(
+    items: _Items, num_packs: int, strategy: Strategy, key: Key[Array, ""]
+) -> Int32[Array, "m c L"]:
+    """The packing that the strategy finds for every layer."""
+    n, num_layers = items.weight.shape
+    draw_key, refine_key = jax.random.split(key)
+    drawn = _draw(strategy, draw_key, n)
 
-    def layer(weight: Float[Array, " n"]) -> Int32[Array, "m c K"]:
-        if strategy.keep < strategy.num_candidates:
-            kept = best(_scores(weight, num_packs, strategy, drawn), strategy.keep)
-            orders = _select(weight, drawn, kept)
-        else:
-            orders = _orders(weight, drawn)
-        return strategy.construction(weight, orders, num_packs).contents
+    def constructed(orders: Int32[Array, "n L k"]) -> Int32[Array, "m c lanes"]:
+        weight = items.lanes(orders.shape[2]).weight
+        with jax.named_scope("start"):
+            return strategy.construction(weight, orders.reshape(n, -1), num_packs).contents
 
-    if strategy.num_candidates > 1:
-        return jax.vmap(layer)(weight)
-    # One candidate: the layers are the lanes, or every step would work on short rows.
-    orders = jax.vmap(lambda weight: _orders(weight, drawn))(weight)[..., 0]
-    contents = strategy.construction(weight.T, orders.T, num_packs).contents
-    return jnp.moveaxis(contents, -1, 0)[..., None]
+    def finished(orders: Int32[Array, "n L k"]) -> _Finished:
+        of_lanes = items.lanes(orders.shape[2])
+        contents, scores = _refined(constructed(orders), of_lanes, strategy, refine_key)
+        apart = lambda x: x.reshape(*x.shape[:-1], *orders.shape[1:])  # noqa: E731
+        return _Finished(apart(contents), jax.tree.map(apart, scores))
+
+    def scored(drawn: _Drawn) -> tuple[Num[Array, "L k"], ...]:
+        orders = _orders(items.weight, drawn)
+        weight = items.lanes(orders.shape[2]).weight
+        with jax.named_scope("start"):
+            built = strategy.construction(weight, orders.reshape(n, -1), num_packs)
+        scores = strategy.objective(built.loads)
+        return jax.tree.map(lambda x: x.reshape(num_layers, -1), scores)
+
+    if strategy.keep < strategy.num_candidates:
+        scores = _in_blocks(scored, drawn, num_layers)
+        kept = jax.vmap(lambda *x: best(x, strategy.keep))(*scores)
+        end = finished(_select(items.weight, drawn, kept))
+    else:
+        end = _in_blocks(lambda x: finished(_orders(items.weight, x)), drawn, num_layers)
+    if strategy.keep == 1:
+        return end.contents[..., 0]
+    chosen = jax.vmap(lambda *x: best(x, 1)[0])(*end.scores)
+    return jnp.take_along_axis(end.contents, chosen[None, None, :, None], axis=3)[..., 0]
+
+
+class _Finished(NamedTuple):
+    """Refined packings, and the numbers by which they are compared."""
+
+    contents: Int32[Array, "m c L k"]
+    scores: tuple[Num[Array, "L k"], ...]
 
 
 def _refined(
-    contents: Int32[Array, "m c K"],
-    seen: Float[Array, "*T n"],
-    strategy: Strategy,
-    key: Key[Array, ""],
-    label: Int32[Array, " n"] | None,
-) -> Int32[Array, "m c"]:
-    """The best packing of a layer; `seen` are the weights, or those in windows, to judge it by."""
-    if label is not None and _keeps_labels(strategy):
-        contents = _uncrowded(contents, label)
-    if strategy.refinement is not None:
-        contents = strategy.refinement(contents, seen, key, label)
+    contents: Int32[Array, "m c lanes"], items: _Items, strategy: Strategy, key: Key[Array, ""]
+) -> tuple[Int32[Array, "m c lanes"], tuple[Num[Array, " lanes"], ...]]:
+    """The packing of every lane after the refinement, and its scores if several are compared."""
+    refinement, label = strategy.refinement, items.label
+    if refinement is not None:
+        if not refinement.keeps_labels:
+            label = None
+        if label is not None:
+            contents = _uncrowded(contents, label)
+        with jax.named_scope("exchanges"):
+            contents = refinement(contents, items.seen, key, label)
     if strategy.keep == 1:
-        return contents[..., 0]
-    scores = added_up(strategy.objective, seen, contents)
-    if label is not None:
-        scores = (repeats_in(label[contents]), *scores)
-    return contents[..., best(scores, 1)[0]]
+        return contents, ()
+    windows = items.seen.reshape(-1, *items.weight.shape)
+    scores = added_up(strategy.objective, windows, contents)
+    if items.label is not None:
+        scores = (repeats_in(look_up(items.label, contents)), *scores)
+    return contents, scores
 
 
 def added_up(
-    objective: Objective, seen: Float[Array, "*T n"], contents: Int32[Array, "m c K"]
+    objective: Objective, seen: Float[Array, "T n K"], contents: Int32[Array, "m c K"]
 ) -> tuple[Num[Array, " K"], ...]:
     """The objective of every packing, added up over windows."""
-    windows = seen.reshape(-1, seen.shape[-1])
-    bits = LOAD_BITS - index_bits(len(windows)) if len(windows) > 1 else LOAD_BITS
-    units = fixed_point(windows, contents.shape[1], bits)
+    bits = LOAD_BITS - index_bits(len(seen)) if len(seen) > 1 else LOAD_BITS
+    units = fixed_point(seen, contents.shape[1], bits)
     scores = [objective(loads_of(x, contents)) for x in units]
     return jax.tree.map(lambda *x: reduce(jnp.add, x), *scores)
 
 
 def _uncrowded(
-    contents: Int32[Array, "m c *K"], label: Int32[Array, " n"]
-) -> Int32[Array, "m c *K"]:
+    contents: Int32[Array, "m c K"], label: Int32[Array, "n K"]
+) -> Int32[Array, "m c K"]:
     """Packings with few repeats; in place of others, the items dealt out to the packs in turn.
 
     Items with one label have one weight and follow each other, so that dealing parts them. Where
     most experts have replicas on most GPUs, exchanges could not part them all.
     """
-    num_packs, capacity, *lanes = contents.shape
+    num_packs, capacity, _ = contents.shape
     dealt = jnp.arange(num_packs * capacity, dtype=jnp.int32).reshape(capacity, num_packs).T
-    dealt = dealt.reshape(num_packs, capacity, *[1] * len(lanes))
-    return jnp.where(repeats_in(label[contents]) > num_packs // 4, dealt, contents)
+    crowded = repeats_in(look_up(label, contents)) > num_packs // 4
+    return jnp.where(crowded, dealt[..., None], contents)
 
 
-def _orders(weight: Float[Array, " n"], drawn: _Drawn) -> Int32[Array, "n K"]:
+def _orders(weight: Float[Array, "n L"], drawn: _Drawn) -> Int32[Array, "n L K"]:
     """The orders of all candidates, the fixed ones first."""
-    if drawn.noisy.shape[1] == 0:
-        return drawn.fixed
-    return jnp.concatenate([drawn.fixed, falling_order(drawn.noisy * weight[:, None])], axis=1)
+    fixed, noisy = drawn
+    orders = jnp.broadcast_to(fixed[:, None], (*weight.shape, fixed.shape[1]))
+    if noisy.shape[1] == 0:
+        return orders
+    return jnp.concatenate([orders, _by_key(noisy[:, None] * weight[:, :, None])], axis=2)
+
+
+def _by_key(keys: Float[Array, "n L K"]) -> Int32[Array, "n L K"]:
+    return falling_order(keys.reshape(len(keys), -1)).reshape(keys.shape)
 
 
 def _select(
-    weight: Float[Array, " n"], drawn: _Drawn, candidates: Int32[Array, " k"]
-) -> Int32[Array, "n k"]:
+    weight: Float[Array, "n L"], drawn: _Drawn, candidates: Int32[Array, "L k"]
+) -> Int32[Array, "n L k"]:
     """The orders of some candidates: made again, so that those of all need not be stored."""
     fixed, noisy = drawn
     num_fixed = fixed.shape[1]
     if noisy.shape[1] == 0:
         return fixed[:, candidates]
-    keys = noisy[:, jnp.maximum(candidates - num_fixed, 0)] * weight[:, None]
+    keys = noisy[:, jnp.maximum(candidates - num_fixed, 0)] * weight[:, :, None]
     if num_fixed == 0:
-        return falling_order(keys)
+        return _by_key(keys)
     from_fixed = fixed[:, jnp.minimum(candidates, num_fixed - 1)]
-    return jnp.where(candidates < num_fixed, from_fixed, falling_order(keys))
+    return jnp.where(candidates < num_fixed, from_fixed, _by_key(keys))
 
 
-def _scores(
-    weight: Float[Array, " n"], num_packs: int, strategy: Strategy, drawn: _Drawn
-) -> tuple[Num[Array, " K"], ...]:
-    """The objective of every candidate before refinement, block by block."""
+def _in_blocks(search: Callable[[_Drawn], _Found], drawn: _Drawn, num_layers: int) -> _Found:
+    """What `search` finds, candidates last and in their order, some of them at a time."""
+    n = len(drawn.fixed)
+    block = max(1 << (BLOCK // (n * num_layers)).bit_length() >> 1, 8)
+    whole = [x.shape[1] // block * block if x.shape[1] > block else 0 for x in drawn]
+    rest = _Drawn(*(x[:, k:] for x, k in zip(drawn, whole, strict=True)))
 
-    def score(drawn: _Drawn) -> tuple[Num[Array, " k"], ...]:
-        constructed = strategy.construction(weight, _orders(weight, drawn), num_packs)
-        return strategy.objective(constructed.loads)
+    def in_turn(kind: str, orders: Array) -> _Found:
+        none = _Drawn(*(x[:, :0] for x in drawn))
+        blocks = jnp.moveaxis(orders.reshape(n, -1, block), 1, 0)
+        found = lax.map(lambda x: search(none._replace(**{kind: x})), blocks)
+        return jax.tree.map(lambda x: jnp.moveaxis(x, 0, -2).reshape(*x.shape[1:-1], -1), found)
 
-    fixed, noisy = drawn
-    n, count = noisy.shape
-    block = max(1 << (BLOCK // n).bit_length() >> 1, 8)
-    whole = count - count % block if count > block else 0
-    rest = score(_Drawn(fixed, noisy[:, whole:])) if whole < count or fixed.shape[1] else None
-    if whole == 0 and rest is not None:
-        return rest
-    blocks = jnp.moveaxis(noisy[:, :whole].reshape(n, -1, block), 1, 0)
-    scores = lax.map(lambda block: score(_Drawn(fixed[:, :0], block)), blocks)
-    scores = jax.tree.map(jnp.ravel, scores)
-    if rest is None:
-        return scores
-    # In the order of the candidates: the fixed ones, the whole blocks, what remained.
-    k = fixed.shape[1]
-    join = lambda x, y: jnp.concatenate([x[:k], y, x[k:]])  # noqa: E731
-    return jax.tree.map(join, rest, scores)
+    found = [in_turn("fixed", drawn.fixed[:, : whole[0]])] if whole[0] else []
+    if any(x.shape[1] for x in rest):
+        last, k = search(rest), rest.fixed.shape[1]
+        found.append(jax.tree.map(lambda x: x[..., :k], last))
+        later = [jax.tree.map(lambda x: x[..., k:], last)]
+    else:
+        later = []
+    if whole[1]:
+        found.append(in_turn("noisy", drawn.noisy[:, : whole[1]]))
+    return jax.tree.map(lambda *x: jnp.concatenate(x, axis=-1), *found, *later)

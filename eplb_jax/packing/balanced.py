@@ -1,0 +1,113 @@
+"""`balanced_packing`, the public entry to the search, and its labels."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int32, Key
+from numpy.typing import ArrayLike
+
+from eplb_jax.packing.lanes import MAX_ITEMS, inverse, take_rows
+from eplb_jax.packing.search import packs
+from eplb_jax.packing.strategy import Strategy, resolve
+from eplb_jax.types import Packing
+from eplb_jax.validation import (
+    LoadLike,
+    as_count,
+    as_key,
+    as_labels,
+    as_load,
+    check_divides,
+    fixed_if_none,
+    relative,
+    sanitised,
+)
+
+
+def balanced_packing(
+    weight: LoadLike,
+    num_packs: int,
+    *,
+    strategy: str | Strategy = "auto",
+    key: Key[Array, ""] | None = None,
+    labels: ArrayLike | Array | None = None,
+) -> Packing:
+    """Pack n weighted items of every layer into packs of n / num_packs items, loads even.
+
+    Deterministic: the same weights, strategy and key give the same packing, bit for bit. A
+    layer's packing does not depend on the other layers. Inside `jax.jit`, NaN and negative
+    weights count as zero and infinite ones as the largest float32. n == num_packs gives the
+    identity.
+
+    Args:
+        weight: [L, n] weights in any unit; anything `jnp.asarray` takes. n is at most 32768.
+        num_packs: How many packs; divides n.
+        strategy: A name from `eplb_jax.STRATEGIES` or a `Strategy`.
+        key: Where the strategy draws at random. None: a fixed key.
+        labels: [L, n] whole numbers. Items of a layer with one label, such as replicas of one
+            expert, go to distinct packs where exchanges can bring that about; of more than
+            num_packs with one label, as few as possible meet.
+
+    Returns:
+        The pack of every item, and its place there, each int32 [L, n].
+
+    Raises:
+        TypeError: An argument is of the wrong kind.
+        ValueError: num_packs does not divide n, the strategy is not known, `weight` is not
+            [L, n], labels have another shape, or a weight is NaN, infinite or negative.
+
+    Example:
+        >>> packing = balanced_packing([[8, 1, 6, 3, 5, 4]], 3)
+        >>> packing.pack_index.tolist(), packing.rank_in_pack.tolist()
+        ([[1, 1, 0, 0, 2, 2]], [[0, 1, 0, 1, 0, 1]])
+
+    References:
+        DeepSeek-AI, EPLB (github.com/deepseek-ai/EPLB): the function of this name.
+    """
+    load = as_load(weight, "weight", ("layer", "item"))
+    num_packs = as_count("num_packs", num_packs)
+    check_size(load.shape[1], num_packs)
+    marks = None if labels is None else as_labels(labels, load.shape)
+    options = {"num_packs": num_packs, "strategy": resolve(strategy)}
+    return _balanced_packing(load, as_key(key), marks, **options)
+
+
+def check_size(num_items: int, num_packs: int) -> None:
+    """Raise ValueError unless so many items can be packed."""
+    if num_items > MAX_ITEMS:
+        raise ValueError(f"{num_items} items are too many to pack; nearest: {MAX_ITEMS}")
+    check_divides("num_packs", num_packs, "number of items", num_items)
+
+
+@partial(jax.jit, static_argnames=("num_packs", "strategy"))
+def _balanced_packing(
+    weight: Float[Array, "L n"],
+    key: Key[Array, ""] | None,
+    labels: Int32[Array, "L n"] | None,
+    *,
+    num_packs: int,
+    strategy: Strategy,
+) -> Packing:
+    load, pack_key = sanitised(weight), fixed_if_none(key)
+    if strategy.distinct:
+        load = relative(load)
+    if labels is None:
+        contents = packs(load, num_packs, strategy, pack_key)
+    else:
+        labels = jax.vmap(lambda x: _at_most(num_packs, x))(labels)
+        together = jnp.argsort(labels, axis=1, stable=True).astype(jnp.int32)
+        load, labels = (jnp.take_along_axis(x, together, axis=1) for x in (load, labels))
+        contents = jax.vmap(take_rows)(together, packs(load, num_packs, strategy, pack_key, labels))
+    capacity = contents.shape[2]
+    slot = jax.vmap(inverse)(contents.reshape(weight.shape))
+    return Packing(slot // capacity, slot % capacity)
+
+
+def _at_most(count: int, label: Int32[Array, " n"]) -> Int32[Array, " n"]:
+    """Labels that say which of the same items are the same, but for no more than `count` each."""
+    n = label.shape[0]
+    same = label[:, None] == label
+    first = jnp.argmax(same, axis=1).astype(jnp.int32)
+    earlier = jnp.sum(same & np.tri(n, k=-1, dtype=bool), axis=1, dtype=jnp.int32)
+    return first + n * (earlier // count)
