@@ -34,6 +34,10 @@ _NEVER = 1 << 29
 _ANYTHING = 1 << 28
 """More than any difference of two packs, less than what a `_NEVER` leaves."""
 
+_WRITTEN_OUT = 16
+"""So many exchanges of an item are one kernel. With the index of a loop XLA:CPU does not use vector
+instructions for several windows, and takes eight times as long; but more compile for long."""
+
 class State(NamedTuple):
     """The item in every place, with its loads in fixed point and its label."""
 
@@ -115,33 +119,45 @@ class Pairs(Exchanges):
         """Exchange in all pairs."""
         del key
         num_windows, capacity, num_packs = state.value.shape
-        known = jax.tree.map(lambda x: x.reshape(*x.shape[:-2], -1), state)
-        table = jnp.asarray(schedule(num_packs, self.rounds))
+        value = jnp.moveaxis(state.value, 0, -1).reshape(-1, num_windows)
+        label, table = state.label.ravel(), jnp.asarray(schedule(num_packs, self.rounds))
 
-        def round_of(i: Array | int, packs: _Packs) -> _Packs:
-            together = jax.tree.map(lambda *x: jnp.concatenate(x, axis=-1), *packs)
+        def round_of(i: Array | int, parts: _Parts) -> _Parts:
+            place = jnp.concatenate([x.place for x in parts], axis=1)
+            by_window = jnp.concatenate([x.load for x in parts])
             turn = jnp.asarray(i, jnp.int32) // 2 % num_windows
-            over_all = jnp.sum(together.load, axis=0, dtype=jnp.int32)
-            load = jnp.where(jnp.asarray(i, jnp.int32) % 2 == 0, over_all, together.load[turn])
+            over_all = jnp.sum(by_window, axis=1, dtype=jnp.int32)
+            load = jnp.where(jnp.asarray(i, jnp.int32) % 2 == 0, over_all, by_window[:, turn])
             order = take_rows(falling(load), table[i])
-            return _exchanged(_parted(together.columns(order)), known, self.two, labelled)
+            packs = _Packs(columns(place, order), take_rows(by_window, order))
+            return _exchanged(packs, _Items(value, label), self.two, labelled)
 
         place = jnp.arange(capacity * num_packs, dtype=jnp.int32).reshape(capacity, num_packs)
-        packs = _parted(_Packs(place, loads(state.value)))
-        packs = lax.fori_loop(0, self.rounds, round_of, packs)
-        place = jnp.concatenate([x.place for x in packs], axis=1)
-        return State(*(columns(x, place) for x in known))
+        parts = _parted(_Packs(place, loads(state.value).T))
+        parts = lax.fori_loop(0, self.rounds, round_of, parts)
+        place = jnp.concatenate([x.place for x in parts], axis=1)
+        flat = jax.tree.map(lambda x: x.reshape(*x.shape[:-2], -1), state)
+        return State(*(columns(x, place) for x in flat))
+
+
+class _Items(NamedTuple):
+    """The items by their place at first. Windows are last, as that is how rows are gathered."""
+
+    value: Int32[Array, "n T"]
+    label: Int32[Array, " n"]
+
+    def values(self, place: Int32[Array, "*r"]) -> Int32[Array, "T *r"]:
+        """The loads of some items."""
+        if self.value.shape[1] == 1:
+            return take_rows(self.value[:, 0], place)[None]
+        return jnp.moveaxis(take_rows(self.value, place), -1, 0)
 
 
 class _Packs(NamedTuple):
     """Carry of `Pairs`: in every place the number of its item, and the loads of every pack."""
 
     place: Int32[Array, "c m"]
-    load: Int32[Array, "T m"]
-
-    def columns(self, index: Int32[Array, " k"]) -> "_Packs":
-        """Some packs, in this order."""
-        return jax.tree.map(lambda x: columns(x, index), self)
+    load: Int32[Array, "m T"]
 
 
 _Parts = tuple[_Packs, _Packs, _Packs]
@@ -151,7 +167,7 @@ _Parts = tuple[_Packs, _Packs, _Packs]
 def _parted(packs: _Packs) -> _Parts:
     half = packs.place.shape[1] // 2
     parts = slice(half), slice(half, 2 * half), slice(2 * half, None)
-    return tuple(jax.tree.map(lambda x, at=at: x[:, at], packs) for at in parts)
+    return tuple(_Packs(packs.place[:, x], packs.load[x]) for x in parts)
 
 
 def schedule(num_packs: int, rounds: int) -> np.ndarray:
@@ -176,14 +192,14 @@ def schedule(num_packs: int, rounds: int) -> np.ndarray:
     return table
 
 
-def _exchanged(parts: _Parts, known: State, two: bool, labelled: bool) -> _Parts:
+def _exchanged(packs: _Packs, items: _Items, two: bool, labelled: bool) -> _Parts:
     """The best exchange in every pair."""
-    a, b, bye = parts
-    capacity = a.place.shape[0]
-    limit = _length(a.load - b.load)
+    a, b, bye = _parted(packs)
+    capacity, half = a.place.shape
+    limit = _length((a.load - b.load).T)
     barred_a = barred_b = jnp.zeros(a.place.shape, bool)
     if labelled:
-        label_a, label_b = (columns(known.label, x.place) for x in (a, b))
+        label_a, label_b = (take_rows(items.label, x.place) for x in (a, b))
         same = label_a[:, None] == label_b
         known_a, known_b = jnp.any(same, axis=1), jnp.any(same, axis=0)
         urgent = repeats(label_a) & ~known_a, repeats(label_b) & ~known_b
@@ -191,45 +207,55 @@ def _exchanged(parts: _Parts, known: State, two: bool, labelled: bool) -> _Parts
         urgent_b = jnp.any(urgent[1], axis=0) & ~urgent_a
         barred_a = known_a | (urgent_a & ~urgent[0])
         barred_b = known_b | (urgent_b & ~urgent[1])
-        limit = jnp.where(urgent_a | urgent_b, _length(jnp.full_like(a.load, _ANYTHING)), limit)
+        limit = jnp.where(urgent_a | urgent_b, _length(jnp.full_like(a.load.T, _ANYTHING)), limit)
 
-    sides = _Side(a, barred_a, known.value), _Side(b, barred_b, known.value)
-    length, out, into = _best_exchange(*sides, (np.arange(capacity),))
+    value = items.values(packs.place[:, : 2 * half])
+    sides = (
+        _Side(a.load.T, value[..., :half], barred_a),
+        _Side(b.load.T, value[..., half:], barred_b),
+    )
+    chosen = _best_exchange(*sides, (np.arange(capacity),), limit)
     if two and capacity > 3:
-        one = _Exchange(length, out.twice(), into.twice())
-        other = _best_exchange(*sides, np.triu_indices(capacity, k=1))
-        shorter = other.length < length
-        length, out, into = jax.tree.map(lambda x, y: jnp.where(shorter, y, x), one, other)
-    good = length < limit
+        one = _Exchange(chosen.length, chosen.from_a * 2, chosen.from_b * 2)
+        other = _best_exchange(*sides, np.triu_indices(capacity, k=1), limit)
+        shorter = other.length < one.length
+        chosen = jax.tree.map(lambda x, y: jnp.where(shorter, y, x), one, other)
+    out = [_at_place(a.place, k) for k in chosen.from_a]
+    into = [_at_place(b.place, k) for k in chosen.from_b]
+    # An item that is named twice is weighed once.
+    second = chosen.from_a[0] != chosen.from_a[-1]
+    each = [take_rows(items.value, x) - take_rows(items.value, y) for x, y in zip(into, out)]
+    change = each[0] + sum(jnp.where(second[:, None], x, 0) for x in each[1:])
+    change = jnp.where(chosen.from_a[0][:, None] < 0, 0, change)
 
-    def put(packs: _Packs, out: _Bundle, into: _Bundle) -> _Packs:
-        place = packs.place
-        for at, new in zip(out.at, into.place, strict=True):
-            here = good & (jnp.arange(capacity, dtype=jnp.int32)[:, None] == at)
-            place = jnp.where(here, new, place)
-        return _Packs(place, packs.load + jnp.where(good, into.weight - out.weight, 0))
+    def put(place: Array, at: _Places, new: list[Array]) -> Array:
+        for one, item in zip(at, new, strict=True):
+            here = jnp.arange(capacity, dtype=jnp.int32)[:, None] == one
+            place = jnp.where(here, item, place)
+        return place
 
-    return put(a, out, into), put(b, into, out), bye
+    return (
+        _Packs(put(a.place, chosen.from_a, into), a.load + change),
+        _Packs(put(b.place, chosen.from_b, out), b.load - change),
+        bye,
+    )
 
 
-class _Bundle(NamedTuple):
-    """One or two items of every pack: where they are, which they are, and what they weigh."""
+def _at_place(x: Num[Array, "*T c h"], place: Int32[Array, " h"]) -> Num[Array, "*T h"]:
+    """What every pack holds at its place."""
+    place = place.reshape((1,) * (x.ndim - 1) + place.shape)
+    return jnp.take_along_axis(x, place, axis=-2, mode="promise_in_bounds").squeeze(-2)
 
-    at: tuple[Int32[Array, " h"], ...]
-    place: tuple[Int32[Array, " h"], ...]
-    weight: Int32[Array, "T h"]
 
-    def twice(self) -> "_Bundle":
-        """One item named as two, as bundles of two are."""
-        return _Bundle(self.at * 2, self.place * 2, self.weight)
+_Places = tuple[Int32[Array, " h"], ...]
 
 
 class _Exchange(NamedTuple):
-    """How far apart a pair is after an exchange, and what goes from one to the other and back."""
+    """How far apart a pair is after an exchange, and the one or two places on both sides; or -1."""
 
     length: Num[Array, " h"]
-    out: _Bundle
-    into: _Bundle
+    from_a: _Places
+    from_b: _Places
 
 
 def _length(apart: Num[Array, "T *h"]) -> Num[Array, "*h"]:
@@ -240,49 +266,49 @@ def _length(apart: Num[Array, "T *h"]) -> Num[Array, "*h"]:
 
 
 class _Side(NamedTuple):
-    """Packs, which of their items must stay, and the loads of all items."""
+    """The loads of packs, those of their items, and which items must stay."""
 
-    packs: _Packs
+    load: Int32[Array, "T h"]
+    value: Int32[Array, "T c h"]
     barred: Bool[Array, "c h"]
-    value: Int32[Array, "T n"]
 
     def after(self, bundles: tuple[np.ndarray, ...], barred: int) -> Num[Array, "T s h"]:
         """What the pack weighs without a bundle, and its partner more with it; or `barred`."""
-        value, never = columns(self.value, self.packs.place), self.barred
+        value, never = self.value, self.barred
         if len(bundles) > 1:
             value = reduce(jnp.add, [value[:, k] for k in bundles])
             never = reduce(jnp.logical_or, [never[k] for k in bundles])
-        load = jnp.where(never, barred, self.packs.load[:, None] - 2 * value)
+        load = jnp.where(never, barred, self.load[:, None] - 2 * value)
         # Squares are of whole numbers in floats, made once and not in every comparison.
         return load if len(load) == 1 else load.astype(jnp.float32)
 
-    def bundle(self, bundles: tuple[np.ndarray, ...], one: Int32[Array, " h"]) -> _Bundle:
-        """The bundle of this number."""
-        at = tuple(take_rows(jnp.asarray(k, jnp.int32), one) for k in bundles)
-        place = tuple(_at_place(self.packs.place, k) for k in at)
-        weight = reduce(jnp.add, [columns(self.value, x) for x in place])
-        return _Bundle(at, place, weight)
 
+def _best_exchange(
+    a: _Side, b: _Side, bundles: tuple[np.ndarray, ...], limit: Num[Array, " h"]
+) -> _Exchange:
+    """The exchange of as many items as `bundles` has places that leaves least between a pair.
 
-def _at_place(x: Int32[Array, "c h"], place: Int32[Array, " h"]) -> Int32[Array, " h"]:
-    """What every pack holds at its place."""
-    return jnp.take_along_axis(x, place[None], axis=0, mode="promise_in_bounds")[0]
-
-
-def _best_exchange(a: _Side, b: _Side, bundles: tuple[np.ndarray, ...]) -> _Exchange:
-    """The exchange of as many items as `bundles` has places that leaves least between a pair."""
+    None where that is not less than the limit.
+    """
     left, right = a.after(bundles, _NEVER), b.after(bundles, -_NEVER)
-
-    def against(i: Array | int, least: Array) -> Array:
-        return jnp.minimum(least, _length(left - right[:, i, None]))
-
     count = right.shape[1]
-    start = _length(left - right[:, 0, None])
-    # Written out, several windows take XLA:CPU an eighth of the time.
-    unroll = max(count - 1, 1) if len(left) > 1 else min(max(count - 1, 1), 4)
-    length, from_a = least_row(lax.fori_loop(1, count, against, start, unroll=unroll))
-    out = a.bundle(bundles, from_a)
-    left = (a.packs.load - 2 * out.weight).astype(left.dtype)
-    _, from_b = least_row(_length(left[:, None] - right))
-    return _Exchange(length, out, b.bundle(bundles, from_b))
-
+    length = lambda j: _length(left - right[:, j, None])  # noqa: E731
+    if count <= _WRITTEN_OUT:
+        least, partner = length(0), jnp.zeros(left.shape[1:], jnp.int32)
+        for j in range(1, count):
+            lower = length(j) < least
+            partner = jnp.where(lower, j, partner)
+            least = jnp.where(lower, length(j), least)
+        shortest, from_a, from_b = least_row(least, partner, limit)
+    else:
+        against = lambda j, least: jnp.minimum(least, length(j))  # noqa: E731
+        least = lax.fori_loop(1, count, against, length(0), unroll=4)
+        shortest, from_a, _ = least_row(least, jnp.zeros(least.shape, jnp.int32), limit)
+        left = _at_place(left, jnp.maximum(from_a, 0))
+        lengths = _length(left[:, None] - right)
+        _, from_b, _ = least_row(lengths, jnp.zeros(lengths.shape, jnp.int32), limit)
+    if len(bundles) == 1:
+        return _Exchange(shortest, (from_a,), (from_b,))
+    places = [jnp.asarray(k, jnp.int32) for k in bundles]
+    at = lambda one: tuple(jnp.where(one < 0, -1, k[one]) for k in places)  # noqa: E731
+    return _Exchange(shortest, at(from_a), at(from_b))

@@ -164,21 +164,26 @@ def first_equal(x: Array, value: jax.Array) -> Int32[Array, "*K"]:
     return jnp.min(jnp.where(x == value, rows(x.shape[0], x), x.shape[0] - 1), axis=0)
 
 
-def least_row(x: Num[Array, "r *K"]) -> tuple[Num[Array, "*K"], Int32[Array, "*K"]]:
-    """The least of every lane, and the first row that is so low.
+def least_row(
+    x: Num[Array, "r *K"], beside: Int32[Array, "r *K"], limit: Num[Array, "*K"]
+) -> tuple[Num[Array, "*K"], Int32[Array, "*K"], Int32[Array, "*K"]]:
+    """The least of every lane, the first row that is so low, and what stands beside it.
 
-    Half of the rows in one kernel, twice: on XLA:CPU faster than two reductions, and what a loop
-    reads and returns is stored, not computed anew wherever it is read.
+    The limit, -1 and -1 where no row is lower. Half of the rows in one kernel, twice: on XLA:CPU
+    faster than two reductions, and what a loop reads and returns is stored, not computed anew
+    wherever it is read.
     """
 
-    def compare(i: Array | int, least: tuple[Array, Array]) -> tuple[Array, Array]:
+    def compare(i: Array | int, least: tuple[Array, ...]) -> tuple[Array, ...]:
+        row = x[i], i, beside[i]
         lower = x[i] < least[0]
-        return jnp.where(lower, x[i], least[0]), jnp.where(lower, i, least[1])
+        return tuple(jnp.where(lower, new, old) for new, old in zip(row, least, strict=True))
 
     count = x.shape[0]
     unroll = max(min(count // 2, 16), 1)
-    least = x[0], jnp.zeros(x.shape[1:], jnp.int32)
-    for i in range(1, count % unroll):
+    none = jnp.full(limit.shape, -1, jnp.int32)
+    least = limit, none, none
+    for i in range(count % unroll):
         least = compare(i, least)
     return lax.fori_loop(count % unroll, count, compare, least, unroll=unroll)
 
