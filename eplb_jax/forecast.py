@@ -105,26 +105,28 @@ def _predicted(
     gains = jnp.asarray(_GAINS[1:], jnp.int32)[:, None, None]
 
     def step(carry: tuple[Array, ...], window: tuple[Array, Array]) -> tuple[tuple, None]:
-        state, count, error = carry
+        mean, means, count, error = carry
         new, there = window
-        missed = jnp.sum(jnp.abs(new - state), axis=2, dtype=jnp.int32) // MOST_WINDOWS
+        missed = [jnp.sum(jnp.abs(new - x), axis=-1, dtype=jnp.int32) for x in (mean, means)]
+        missed = jnp.concatenate([missed[0][None], missed[1]]) // MOST_WINDOWS
         # The first error is that of the first window, whatever the gain.
         error += jnp.where((there & (count > 1))[:, 0], missed, 0)
         count += there.astype(jnp.int32)
-        change = new - state
-        to_mean = change[:1] // jnp.maximum(count, 1)
-        to_new = jnp.where(count > 1, (change[1:] >> 6) * gains, change[1:])
-        state += jnp.where(there, jnp.concatenate([to_mean, to_new]), 0)
-        return (state, count, error), None
+        mean += jnp.where(there, (new - mean) // jnp.maximum(count, 1), 0)
+        change = jnp.where(count > 1, ((new - means) >> 6) * gains, new - means)
+        means += jnp.where(there, change, 0)
+        return (mean, means, count, error), None
 
     first = share[:, 0]
     start = (
-        jnp.broadcast_to(first, (len(_GAINS), *first.shape)),
+        first,
+        jnp.broadcast_to(first, (len(gains), *first.shape)),
         seen[:, 0].astype(jnp.int32),
         jnp.zeros((len(_GAINS), share.shape[0]), jnp.int32),
     )
     rest = jnp.moveaxis(share[:, 1:], 1, 0), jnp.moveaxis(seen[:, 1:], 1, 0)
-    (state, _, error), _ = lax.scan(step, start, rest)
+    (mean, means, _, error), _ = lax.scan(step, start, rest)
+    state = jnp.concatenate([mean[None], means])
     best = jnp.argmin(error, axis=0)
     predicted = jnp.take_along_axis(state, best[None, :, None], axis=0)[0]
     least = jnp.min(error, axis=0).astype(jnp.float32)

@@ -1,15 +1,17 @@
 """What each shape of packs gains most from: blocks dealt out anew, pairs, the heaviest pack."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from functools import reduce
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Int32, Key
 
 from eplb_jax.packing.exchange import Exchanges, Pairs, State, loads, repeats
-from eplb_jax.packing.lanes import first_equal, ranks, take_rows, where_equal
+from eplb_jax.packing.lanes import first_equal, least_row, ranks, take_rows, where_equal
 from eplb_jax.packing.objective import best
 
 
@@ -68,19 +70,28 @@ class Peak(Exchanges):
     def improve(self, state: State, key: Key[Array, ""], *, labelled: bool) -> State:
         """Lighten the heaviest pack."""
         del key, labelled
-        return lax.fori_loop(0, self.steps, _lighten, state)
+        start = _Lightened(state, jnp.asarray(-1, jnp.int32))
+        return lax.fori_loop(0, self.steps, _lighten, start).state
 
 
-def _lighten(i: Array | int, state: State) -> State:
+class _Lightened(NamedTuple):
+    """Carry of `Peak`: the packs, and the place of the last repeat that was looked at."""
+
+    state: State
+    last: Int32[Array, ""]
+
+
+def _lighten(i: Array | int, carry: _Lightened) -> _Lightened:
+    state, last = carry
     num_windows, capacity, num_packs = state.value.shape
     load = loads(state.value)
-    repeated = repeats(state.label).ravel()
-    number = jnp.cumsum(repeated, dtype=jnp.int32)
-    step = jnp.asarray(i, jnp.int32)
-    # Take turns, lest one repeat that cannot be removed holds up the others.
-    turn = step % jnp.maximum(number[-1], 1) + 1
-    urgent = (number[-1] > 0) & (step % 4 < 3)
-    repeat = first_equal(jnp.where(repeated, number, 0), turn)
+    n, step = capacity * num_packs, jnp.asarray(i, jnp.int32)
+    slot = jnp.arange(n, dtype=jnp.int32).reshape(capacity, num_packs)
+    # Repeats take turns, lest one that cannot be removed holds up the others.
+    turn = jnp.where(repeats(state.label), (slot - last - 1) % n, n)
+    turn = jnp.min(_least(turn)[0])
+    repeat = (last + 1 + turn) % n
+    urgent = (turn < n) & (step % 4 < 3)
     seen = load[step % num_windows]
     pack = jnp.where(urgent, repeat % num_packs, first_equal(seen, jnp.max(seen)))
     value, label = state.value[:, :, pack], state.label[:, pack]
@@ -88,28 +99,35 @@ def _lighten(i: Array | int, state: State) -> State:
     mine, others = load[:, pack, None], load
     moved = value[:, :, None, None] - state.value[:, None]
     heavier = jnp.maximum(mine[..., None, None] - moved, others[:, None, None] + moved)
-    cost = jnp.sum(heavier, axis=0, dtype=jnp.int32)
+    cost = reduce(jnp.add, heavier)
     before = jnp.sum(jnp.maximum(mine, others), axis=0, dtype=jnp.int32)
     same = label[:, None, None] == state.label
     barred = jnp.any(same, axis=1, keepdims=True) | jnp.any(same, axis=0, keepdims=True)
     place = jnp.arange(capacity, dtype=jnp.int32)
     barred |= (urgent & (place != repeat // num_packs))[:, None, None]
-    never = jnp.iinfo(jnp.int32).max
-    cost = jnp.where(barred, never, cost)
-    by_other = jnp.min(cost, axis=0).ravel()
-    least = jnp.min(by_other)
-    other = first_equal(by_other, least)
-    place = first_equal(cost[:, other // num_packs, other % num_packs], least)
-    good = least < jnp.where(urgent, never, before[other % num_packs])
+    cost, out = _least(jnp.where(barred, _NEVER, cost))
+    cost, at, out = least_row(cost, out, jnp.full(num_packs, _NEVER))
+    least = jnp.min(cost)
+    other = first_equal(cost, least)
+    good = least < jnp.where(urgent, _NEVER, before[other])
 
-    slot = jnp.arange(capacity * num_packs, dtype=jnp.int32).reshape(capacity, num_packs)
-    here, there = good & (slot == place * num_packs + pack), good & (slot == other)
+    mine_at, other_at = out[other], at[other]
+    here = good & (slot == mine_at * num_packs + pack)
+    there = good & (slot == other_at * num_packs + other)
 
     def exchange(x: Int32[Array, "c m"]) -> Int32[Array, "c m"]:
-        return jnp.where(here, x.ravel()[other], jnp.where(there, x[place, pack], x))
+        return jnp.where(here, x[other_at, other], jnp.where(there, x[mine_at, pack], x))
 
-    return State(jax.vmap(exchange)(state.value), exchange(state.item), exchange(state.label))
+    after = State(jax.vmap(exchange)(state.value), exchange(state.item), exchange(state.label))
+    return _Lightened(after, jnp.where(urgent, repeat, last))
 
+
+def _least(x: Int32[Array, "r *K"]) -> tuple[Int32[Array, "*K"], Int32[Array, "*K"]]:
+    """The least of every lane, and where it is, if less than `_NEVER`."""
+    return least_row(x, jnp.zeros_like(x), jnp.full(x.shape[1:], _NEVER))[:2]
+
+
+_NEVER = np.int32(np.iinfo(np.int32).max)
 
 _MORE_ROUNDS = {3: 4, 4: 12, 5: 8, 6: 4, 7: 4, 8: 2}
 """A pair of small packs has few exchanges, which are quickly looked at and rarely fit."""
