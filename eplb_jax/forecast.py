@@ -18,7 +18,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int32
 
-from eplb_jax.packing.lanes import fixed_point
+from eplb_jax.packing.lanes import along, fixed_point
 from eplb_jax.validation import relative, sanitised
 
 MOST_WINDOWS = 16
@@ -128,7 +128,7 @@ def _predicted(
     (mean, means, _, error), _ = lax.scan(step, start, rest)
     state = jnp.concatenate([mean[None], means])
     best = jnp.argmin(error, axis=0)
-    predicted = jnp.take_along_axis(state, best[None, :, None], axis=0)[0]
+    predicted = along(state, best[None, :, None], 0)[0]
     least = jnp.min(error, axis=0).astype(jnp.float32)
     ratio = jnp.where(least > 0, error[0].astype(jnp.float32) / jnp.where(least > 0, least, 1), 1)
     trust = (ratio - 1) * (ratio + 1) * (_TRUST * _PARTS)

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int32, Key
 from eplb_jax.forecast import Forecast
 from eplb_jax.joint import counts_over_windows
 from eplb_jax.packing.distinct import repeats_in
+from eplb_jax.packing.lanes import along
 from eplb_jax.packing.objective import best
 from eplb_jax.packing.search import added_up, packs
 from eplb_jax.packing.strategy import Strategy
@@ -22,14 +23,7 @@ def taken(x: Float[Array, "L *T E"], index: Int32[Array, "L n"]) -> Float[Array,
     """``x[..., index]``, layer by layer."""
     if x.ndim == 3:
         index = index[:, None]
-    return jnp.take_along_axis(x, index, axis=-1)
-
-
-class Replicas(NamedTuple):
-    """The replica in every slot: its expert, and its rank among the replicas of that expert."""
-
-    expert: Int32[Array, "L R"]
-    rank: Int32[Array, "L R"]
+    return along(x, index, -1)
 
 
 def placed_in_node(
@@ -38,7 +32,7 @@ def placed_in_node(
     num_gpus: int,
     strategy: Strategy,
     key: Key[Array, ""],
-) -> Replicas:
+) -> Replication:
     """Replicate experts and pack the replicas to GPUs; nodes do not see each other."""
     load = forecast.load
     num_experts = load.shape[1]
@@ -60,10 +54,8 @@ def placed_in_node(
         seen = load if forecast.windows is None else forecast.windows
         replicas = _best(replicas, seen, counts, num_gpus)
     idle = jnp.all(load == 0, axis=1, keepdims=True)
-    idle_expert, idle_rank = _idle_replicas(num_experts, num_replicas, num_gpus)
-    return Replicas(
-        jnp.where(idle, idle_expert, replicas.expert), jnp.where(idle, idle_rank, replicas.rank)
-    )
+    at_rest = _idle_replicas(num_experts, num_replicas, num_gpus)
+    return jax.tree.map(lambda x, y: jnp.where(idle, x, y), at_rest, replicas)
 
 
 def _packed(
@@ -72,7 +64,7 @@ def _packed(
     num_gpus: int,
     strategy: Strategy,
     key: Key[Array, ""],
-) -> Replicas:
+) -> Replication:
     """These replicas on GPUs."""
     expert, rank, logcnt = replication
     num_experts, num_replicas = logcnt.shape[1], expert.shape[1]
@@ -82,7 +74,7 @@ def _packed(
     spares = num_replicas - num_experts
     slots = packs(weight.load, num_gpus, strategy, key, labels, spares, weight.windows)
     slots = slots.reshape(expert.shape)
-    return Replicas(*(jnp.take_along_axis(x, slots, axis=1) for x in (expert, rank)))
+    return Replication(along(expert, slots, 1), along(rank, slots, 1), logcnt)
 
 
 def _like(x: Float[Array, "L *T E"], counts: Float[Array, "L E"]) -> Float[Array, "L *_ E"]:
@@ -90,18 +82,18 @@ def _like(x: Float[Array, "L *T E"], counts: Float[Array, "L E"]) -> Float[Array
 
 
 def _best(
-    replicas: Replicas,
+    replicas: Replication,
     seen: Float[Array, "L *T E"],
     counts: Int32[Array, "L k E"],
     num_gpus: int,
-) -> Replicas:
+) -> Replication:
     """Of the choices for every layer that with fewest repeats, then with the lightest heaviest GPU.
 
     That is added up over windows.
     """
     num_layers, choices, _ = counts.shape
-    num_slots = replicas.expert.shape[1]
-    on_gpu = replicas.expert.reshape(num_layers, choices, num_gpus, num_slots // num_gpus)
+    num_slots = replicas.phy2log.shape[1]
+    on_gpu = replicas.phy2log.reshape(num_layers, choices, num_gpus, num_slots // num_gpus)
     windows = all_normalised(seen if seen.ndim == 3 else seen[:, None])
 
     def scores(on_gpu: Array, count: Array, windows: Array) -> tuple[Array, Array]:
@@ -113,17 +105,17 @@ def _best(
     each = jax.vmap(jax.vmap(scores, (0, 0, None)))(on_gpu, counts, windows)
     choice = jax.vmap(lambda *scores: best(scores, 1)[0])(*each)[:, None, None]
 
-    def chosen(x: Int32[Array, "_ R"]) -> Int32[Array, "L R"]:
+    def chosen(x: Int32[Array, "_ n"]) -> Int32[Array, "L n"]:
         # Layer by layer, lest layers on several devices be gathered.
-        return jnp.take_along_axis(x.reshape(num_layers, choices, num_slots), choice, axis=1)[:, 0]
+        return along(x.reshape(num_layers, choices, -1), choice, 1)[:, 0]
 
-    return Replicas(chosen(replicas.expert), chosen(replicas.rank))
+    return jax.tree.map(chosen, replicas)
 
 
 def _idle_replicas(
     num_experts: int, num_replicas: int, num_gpus: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Expert and rank in every slot of a node without load.
+) -> Replication:
+    """Those of a node without load, one row.
 
     Experts are dealt to the GPUs in turn, then the spares, each to an expert with the fewest
     replicas that its GPU does not hold.
@@ -137,4 +129,4 @@ def _idle_replicas(
         expert[gpu, turn], rank[gpu, turn] = one, count[one]
         count[one] += 1
         held[gpu, one] = True
-    return expert.ravel(), rank.ravel()
+    return Replication(*(x.reshape(1, -1) for x in (expert, rank, count)))

@@ -11,6 +11,7 @@ from eplb_jax.budget import plan_cost, within_budget
 from eplb_jax.forecast import forecast_of, gathered
 from eplb_jax.node import placed_in_node, taken
 from eplb_jax.packing.balanced import check_size
+from eplb_jax.packing.lanes import along
 from eplb_jax.packing.search import packs
 from eplb_jax.packing.strategy import Strategy, resolve
 from eplb_jax.placement import counted, place, ranks_in, ranks_listed
@@ -212,20 +213,18 @@ def _place_replicas(
     num_layers, num_experts = forecast.load.shape
     group_key, gpu_key = jax.random.split(fixed_if_none(key))
 
+    counts = num_replicas // num_nodes, num_gpus // num_nodes
+    if num_nodes == 1:
+        return placed_in_node(forecast, *counts, strategy, gpu_key)
     group_size = num_experts // num_groups
     by_group = forecast.map(lambda x: x.reshape(*x.shape[:-1], num_groups, group_size).sum(-1))
     groups = packs(by_group.load, num_nodes, strategy, group_key, windows=by_group.windows)
     experts = groups[..., None] * group_size + jnp.arange(group_size, dtype=jnp.int32)
     experts = experts.reshape(num_layers * num_nodes, num_experts // num_nodes)
     # From here a row is a node of a layer, and its experts go by their place in `experts`.
-    replicas = placed_in_node(
-        forecast.map(lambda x: taken(jnp.repeat(x, num_nodes, axis=0), experts)),
-        num_replicas // num_nodes,
-        num_gpus // num_nodes,
-        strategy,
-        gpu_key,
-    )
-    phy2log = jnp.take_along_axis(experts, replicas.expert, axis=1).reshape(-1, num_replicas)
+    of_node = forecast.map(lambda x: taken(jnp.repeat(x, num_nodes, axis=0), experts))
+    replicas = placed_in_node(of_node, *counts, strategy, gpu_key)
+    phy2log = along(experts, replicas.phy2log, 1).reshape(-1, num_replicas)
     rank = replicas.rank.reshape(-1, num_replicas)
     return Replication(phy2log, rank, counted(phy2log, num_experts))
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int32
 
-from eplb_jax.packing.lanes import first_equal
+from eplb_jax.packing.lanes import along, first_equal
 from eplb_jax.types import Replication
 from eplb_jax.validation import LoadLike, as_count, as_load, check_multiple, sanitised
 
@@ -93,4 +93,4 @@ def listed(logcnt: Int32[Array, "L E"], num_phy: int) -> Replication:
     slot = jnp.arange(num_phy, dtype=jnp.int32)
     repeat = lambda counts: jnp.repeat(expert, counts, total_repeat_length=num_phy)  # noqa: E731
     phy2log = jax.vmap(repeat)(logcnt)
-    return Replication(phy2log, slot - jnp.take_along_axis(first, phy2log, axis=1), logcnt)
+    return Replication(phy2log, slot - along(first, phy2log, 1), logcnt)

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int32, Key
 from numpy.typing import ArrayLike
 
-from eplb_jax.packing.lanes import MAX_ITEMS, inverse, take_rows
+from eplb_jax.packing.lanes import MAX_ITEMS, along, inverse, take_rows
 from eplb_jax.packing.search import packs
 from eplb_jax.packing.strategy import Strategy, resolve
 from eplb_jax.types import Packing
@@ -97,7 +97,7 @@ def _balanced_packing(
     else:
         labels = jax.vmap(lambda x: _at_most(num_packs, x))(labels)
         together = jnp.argsort(labels, axis=1, stable=True).astype(jnp.int32)
-        load, labels = (jnp.take_along_axis(x, together, axis=1) for x in (load, labels))
+        load, labels = (along(x, together, 1) for x in (load, labels))
         contents = jax.vmap(take_rows)(together, packs(load, num_packs, strategy, pack_key, labels))
     capacity = contents.shape[2]
     slot = jax.vmap(inverse)(contents.reshape(weight.shape))

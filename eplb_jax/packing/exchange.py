@@ -22,7 +22,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int32, Key, Num
 
-from eplb_jax.packing.lanes import falling, fixed_point, least_row, take_rows
+from eplb_jax.packing.lanes import along, falling, fixed_point, least_row, take_rows
 
 BITS = 27
 """For the load of a pack: two of `_NEVER` and twice a difference of loads fit in an int32."""
@@ -244,7 +244,7 @@ def _exchanged(packs: _Packs, items: _Items, two: bool, labelled: bool) -> _Part
 def _at_place(x: Num[Array, "*T c h"], place: Int32[Array, " h"]) -> Num[Array, "*T h"]:
     """What every pack holds at its place."""
     place = place.reshape((1,) * (x.ndim - 1) + place.shape)
-    return jnp.take_along_axis(x, place, axis=-2, mode="promise_in_bounds").squeeze(-2)
+    return along(x, place, -2).squeeze(-2)
 
 
 _Places = tuple[Int32[Array, " h"], ...]

@@ -151,12 +151,16 @@ def look_up(table: Array, index: Int32[Array, "..."]) -> Array:
     return pick(table, flat).reshape(index.shape)
 
 
+def along(x: Array, index: Int32[Array, "..."], axis: int) -> Array:
+    """`jnp.take_along_axis` for indices known to be in range."""
+    return jnp.take_along_axis(x, index, axis=axis, mode="promise_in_bounds")
+
+
 def pick(x: Array, index: Int32[Array, "..."]) -> Array:
     """``x[index]`` lane by lane: one row for `index` [*K], s rows of `x` [r, *K] for [s, *K]."""
     if index.ndim == x.ndim:
-        return jnp.take_along_axis(x, index, axis=0, mode="promise_in_bounds")
-    index = index.reshape((1,) * (x.ndim - index.ndim) + index.shape)
-    return jnp.take_along_axis(x, index, axis=0, mode="promise_in_bounds")[0]
+        return along(x, index, 0)
+    return along(x, index.reshape((1,) * (x.ndim - index.ndim) + index.shape), 0)[0]
 
 
 def first_equal(x: Array, value: jax.Array) -> Int32[Array, "*K"]:

@@ -11,7 +11,7 @@ from jax import lax
 from jaxtyping import Array, Int32, Key
 
 from eplb_jax.packing.exchange import Exchanges, Pairs, State, loads, repeats
-from eplb_jax.packing.lanes import first_equal, least_row, ranks, take_rows, where_equal
+from eplb_jax.packing.lanes import along, first_equal, least_row, ranks, take_rows, where_equal
 from eplb_jax.packing.objective import best
 
 
@@ -39,7 +39,7 @@ class Columns(Exchanges):
 
         def dealt(i: Array | int, state: State, height: int) -> State:
             turned = (place + offsets[i * largest + height - 1]) % capacity
-            turn = lambda x: jnp.take_along_axis(x, turned, axis=0)  # noqa: E731
+            turn = lambda x: along(x, turned, 0)  # noqa: E731
             value, item, label = turn(state.value[0]), turn(state.item), turn(state.label)
             block, rest = (jnp.sum(x, axis=0, dtype=jnp.int32) for x in jnp.split(value, [height]))
             taken = where_equal(ranks(rest), num_packs - 1 - ranks(block))

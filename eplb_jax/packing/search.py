@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int32, Key, Num
 from eplb_jax.packing.distinct import repeats_in, separate
 from eplb_jax.packing.lanes import (
     LOAD_BITS,
+    along,
     exact_falling_order,
     falling_order,
     fixed_point,
@@ -151,7 +152,7 @@ def _found(
     if strategy.keep == 1:
         return end.contents[..., 0]
     chosen = jax.vmap(lambda *x: best(x, 1)[0])(*end.scores)
-    return jnp.take_along_axis(end.contents, chosen[None, None, :, None], axis=3)[..., 0]
+    return along(end.contents, chosen[None, None, :, None], 3)[..., 0]
 
 
 class _Finished(NamedTuple):
