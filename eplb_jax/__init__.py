@@ -12,9 +12,9 @@ from eplb_jax import metrics as metrics
 from eplb_jax import traces as traces
 from eplb_jax.decision import Decision as Decision
 from eplb_jax.decision import decide as decide
+from eplb_jax.packing.balanced import balanced_packing as balanced_packing
 from eplb_jax.packing.bounds import packing_bound as packing_bound
 from eplb_jax.packing.bounds import plan_bound as plan_bound
-from eplb_jax.packing.balanced import balanced_packing as balanced_packing
 from eplb_jax.packing.strategy import STRATEGIES as STRATEGIES
 from eplb_jax.packing.strategy import Strategy as Strategy
 from eplb_jax.placement import check_placement as check_placement

@@ -1,7 +1,5 @@
 """One node: how many replicas every expert gets, and on which GPU they lie."""
 
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -112,9 +110,7 @@ def _best(
     return jax.tree.map(chosen, replicas)
 
 
-def _idle_replicas(
-    num_experts: int, num_replicas: int, num_gpus: int
-) -> Replication:
+def _idle_replicas(num_experts: int, num_replicas: int, num_gpus: int) -> Replication:
     """Those of a node without load, one row.
 
     Experts are dealt to the GPUs in turn, then the spares, each to an expert with the fewest
@@ -129,4 +125,4 @@ def _idle_replicas(
         expert[gpu, turn], rank[gpu, turn] = one, count[one]
         count[one] += 1
         held[gpu, one] = True
-    return Replication(*(x.reshape(1, -1) for x in (expert, rank, count)))
+    return Replication(*(jnp.asarray(x.reshape(1, -1)) for x in (expert, rank, count)))

@@ -1,8 +1,8 @@
 """From an order to a packing.
 
 A construction takes the weights of the items, heaviest first, of all lanes or of each, and the
-order in which to place them; lanes are candidates, or layers. It returns the items of every pack and the load of every
-pack. All of them fill each pack with exactly n / m items.
+order in which to place them; a lane is a candidate of a layer. It returns the items of every pack
+and the load of every pack. All of them fill each pack with exactly n / m items.
 """
 
 from typing import NamedTuple, Protocol, runtime_checkable

@@ -24,19 +24,25 @@ from jaxtyping import Array, Bool, Float, Int32, Key, Num
 
 from eplb_jax.packing.lanes import along, falling, fixed_point, least_row, take_rows
 
-BITS = 27
-"""For the load of a pack: two of `_NEVER` and twice a difference of loads fit in an int32."""
+BITS = 26
+"""For the load of a pack: the difference of two that have exchanged items is less than 2 ** 27."""
 
 BITS_OF_SQUARES = 20
 """The same for several windows: squares of what may be the least are whole numbers in float32."""
 
-_NEVER = 1 << 29
-_ANYTHING = 1 << 28
-"""More than any difference of two packs, less than what a `_NEVER` leaves."""
+_ANYTHING = 1 << 27
+"""No less than any difference of two packs."""
+
+_SINGLE = 2 * _ANYTHING
+"""Added to both packs for one item, not two: no less than `_ANYTHING` is left of it by others."""
+
+_NEVER = 4 * _ANYTHING
+"""For items that must stay; twice as much, less a `_SINGLE` and a load, still fits in an int32."""
 
 _WRITTEN_OUT = 16
 """So many exchanges of an item are one kernel. With the index of a loop XLA:CPU does not use vector
 instructions for several windows, and takes eight times as long; but more compile for long."""
+
 
 class State(NamedTuple):
     """The item in every place, with its loads in fixed point and its label."""
@@ -77,7 +83,7 @@ class Exchanges:
         contents: Int32[Array, "m c *K"],
         weight: Float[Array, "..."],
         key: Key[Array, ""],
-        label: Int32[Array, "n *K"] | None = None,
+        label: Int32[Array, "..."] | None = None,
     ) -> Int32[Array, "m c *K"]:
         """Refine every lane."""
         if contents.ndim > 2:
@@ -166,8 +172,8 @@ _Parts = tuple[_Packs, _Packs, _Packs]
 
 def _parted(packs: _Packs) -> _Parts:
     half = packs.place.shape[1] // 2
-    parts = slice(half), slice(half, 2 * half), slice(2 * half, None)
-    return tuple(_Packs(packs.place[:, x], packs.load[x]) for x in parts)
+    part = lambda at: _Packs(packs.place[:, at], packs.load[at])  # noqa: E731
+    return part(slice(half)), part(slice(half, 2 * half)), part(slice(2 * half, None))
 
 
 def schedule(num_packs: int, rounds: int) -> np.ndarray:
@@ -210,22 +216,20 @@ def _exchanged(packs: _Packs, items: _Items, two: bool, labelled: bool) -> _Part
         limit = jnp.where(urgent_a | urgent_b, _length(jnp.full_like(a.load.T, _ANYTHING)), limit)
 
     value = items.values(packs.place[:, : 2 * half])
-    sides = (
+    chosen = _best_exchange(
         _Side(a.load.T, value[..., :half], barred_a),
         _Side(b.load.T, value[..., half:], barred_b),
+        _bundles(capacity, two=two),
+        limit,
     )
-    chosen = _best_exchange(*sides, (np.arange(capacity),), limit)
-    if two and capacity > 3:
-        one = _Exchange(chosen.length, chosen.from_a * 2, chosen.from_b * 2)
-        other = _best_exchange(*sides, np.triu_indices(capacity, k=1), limit)
-        shorter = other.length < one.length
-        chosen = jax.tree.map(lambda x, y: jnp.where(shorter, y, x), one, other)
     out = [_at_place(a.place, k) for k in chosen.from_a]
     into = [_at_place(b.place, k) for k in chosen.from_b]
     # An item that is named twice is weighed once.
     second = chosen.from_a[0] != chosen.from_a[-1]
-    each = [take_rows(items.value, x) - take_rows(items.value, y) for x, y in zip(into, out)]
-    change = each[0] + sum(jnp.where(second[:, None], x, 0) for x in each[1:])
+    change = take_rows(items.value, into[0]) - take_rows(items.value, out[0])
+    if len(out) > 1:
+        other = take_rows(items.value, into[1]) - take_rows(items.value, out[1])
+        change += jnp.where(second[:, None], other, 0)
     change = jnp.where(chosen.from_a[0][:, None] < 0, 0, change)
 
     def put(place: Array, at: _Places, new: list[Array]) -> Array:
@@ -251,9 +255,8 @@ _Places = tuple[Int32[Array, " h"], ...]
 
 
 class _Exchange(NamedTuple):
-    """How far apart a pair is after an exchange, and the one or two places on both sides; or -1."""
+    """One or two places on both sides of every pair, one twice for one item; -1: no exchange."""
 
-    length: Num[Array, " h"]
     from_a: _Places
     from_b: _Places
 
@@ -272,21 +275,31 @@ class _Side(NamedTuple):
     value: Int32[Array, "T c h"]
     barred: Bool[Array, "c h"]
 
-    def after(self, bundles: tuple[np.ndarray, ...], barred: int) -> Num[Array, "T s h"]:
-        """What the pack weighs without a bundle, and its partner more with it; or `barred`."""
-        value, never = self.value, self.barred
-        if len(bundles) > 1:
-            value = reduce(jnp.add, [value[:, k] for k in bundles])
-            never = reduce(jnp.logical_or, [never[k] for k in bundles])
-        load = jnp.where(never, barred, self.load[:, None] - 2 * value)
+    def after(self, bundles: tuple[np.ndarray, ...], never: int) -> Num[Array, "T s h"]:
+        """What the pack weighs without a bundle, and its partner more with it; or `never`."""
+        value, barred = self.value, self.barred
+        single = np.where(bundles[0] == bundles[-1], _SINGLE, 0).astype(np.int32)[:, None]
+        if len(single) > value.shape[1]:
+            one, other = (k[value.shape[1] :] for k in bundles)
+            value = jnp.concatenate([value, value[:, one] + value[:, other]], axis=1)
+            barred = jnp.concatenate([barred, barred[one] | barred[other]])
+        load = jnp.where(barred, never, self.load[:, None] - 2 * value + single)
         # Squares are of whole numbers in floats, made once and not in every comparison.
         return load if len(load) == 1 else load.astype(jnp.float32)
+
+
+def _bundles(capacity: int, *, two: bool) -> tuple[np.ndarray, ...]:
+    """The first and the last place of what may be exchanged: of one item each, then of any two."""
+    place = np.arange(capacity, dtype=np.int32)
+    if not two or capacity < 4:
+        return (place,)
+    return tuple(np.append(place, k).astype(np.int32) for k in np.triu_indices(capacity, k=1))
 
 
 def _best_exchange(
     a: _Side, b: _Side, bundles: tuple[np.ndarray, ...], limit: Num[Array, " h"]
 ) -> _Exchange:
-    """The exchange of as many items as `bundles` has places that leaves least between a pair.
+    """The exchange of as many items for as many that leaves least between a pair.
 
     None where that is not less than the limit.
     """
@@ -299,16 +312,16 @@ def _best_exchange(
             lower = length(j) < least
             partner = jnp.where(lower, j, partner)
             least = jnp.where(lower, length(j), least)
-        shortest, from_a, from_b = least_row(least, partner, limit)
+        _, from_a, from_b = least_row(least, partner, limit)
     else:
         against = lambda j, least: jnp.minimum(least, length(j))  # noqa: E731
         least = lax.fori_loop(1, count, against, length(0), unroll=4)
-        shortest, from_a, _ = least_row(least, jnp.zeros(least.shape, jnp.int32), limit)
+        _, from_a, _ = least_row(least, jnp.zeros(least.shape, jnp.int32), limit)
         left = _at_place(left, jnp.maximum(from_a, 0))
         lengths = _length(left[:, None] - right)
         _, from_b, _ = least_row(lengths, jnp.zeros(lengths.shape, jnp.int32), limit)
-    if len(bundles) == 1:
-        return _Exchange(shortest, (from_a,), (from_b,))
-    places = [jnp.asarray(k, jnp.int32) for k in bundles]
-    at = lambda one: tuple(jnp.where(one < 0, -1, k[one]) for k in places)  # noqa: E731
-    return _Exchange(shortest, at(from_a), at(from_b))
+
+    def places(one: Int32[Array, " h"]) -> _Places:
+        return tuple(jnp.where(one < 0, -1, jnp.asarray(k)[one]) for k in bundles)
+
+    return _Exchange(places(from_a), places(from_b))

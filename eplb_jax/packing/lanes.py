@@ -126,9 +126,7 @@ def fixed_point(weight: Float[Array, "..."], capacity: int, bits: int) -> Int32[
     return (weight * 2.0 ** (bits - 1 - index_bits(capacity))).astype(jnp.int32)
 
 
-def loads_of(
-    units: Int32[Array, "n *K"], contents: Int32[Array, "m c *K"]
-) -> Int32[Array, "m *K"]:
+def loads_of(units: Int32[Array, "..."], contents: Int32[Array, "m c *K"]) -> Int32[Array, "m *K"]:
     """The load of every pack, from weights in fixed point."""
     return jnp.sum(look_up(units, contents), axis=1, dtype=jnp.int32)
 

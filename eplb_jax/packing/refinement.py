@@ -49,7 +49,7 @@ class Refinement(Protocol):
         contents: Int32[Array, "m c *K"],
         weight: Float[Array, "..."],
         key: Key[Array, ""],
-        label: Int32[Array, "n *K"] | None = None,
+        label: Int32[Array, "..."] | None = None,
     ) -> Int32[Array, "m c *K"]:
         """Return packings that are no worse, or have fewer repeats of a label."""
         ...
@@ -98,7 +98,7 @@ class Swap:
         contents: Int32[Array, "m c *K"],
         weight: Float[Array, "..."],
         key: Key[Array, ""],
-        label: Int32[Array, "n *K"] | None = None,
+        label: Int32[Array, "..."] | None = None,
     ) -> Int32[Array, "m c *K"]:
         """Refine every lane."""
         del key, label
@@ -243,7 +243,7 @@ class Rebuild:
         contents: Int32[Array, "m c *K"],
         weight: Float[Array, "..."],
         key: Key[Array, ""],
-        label: Int32[Array, "n *K"] | None = None,
+        label: Int32[Array, "..."] | None = None,
     ) -> Int32[Array, "m c *K"]:
         """Refine every lane."""
         del label

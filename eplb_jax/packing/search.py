@@ -24,7 +24,6 @@ from eplb_jax.packing.lanes import (
     index_bits,
     loads_of,
     look_up,
-    take_rows,
 )
 from eplb_jax.packing.objective import Objective, best
 from eplb_jax.packing.strategy import Strategy
@@ -55,6 +54,8 @@ def packs(
     if n == num_packs:
         identity = jnp.arange(n, dtype=jnp.int32)[:, None]
         return jnp.broadcast_to(identity, (num_layers, n, 1))
+    if num_layers == 0:
+        return jnp.zeros((0, num_packs, n // num_packs), jnp.int32)
     refinement = strategy.refinement
     keeps_labels = refinement is not None and refinement.keeps_labels
     weight = normalised(weight)
@@ -76,9 +77,9 @@ def packs(
     contents = jnp.moveaxis(look_up(order, found), -1, 0)
     if labels is None or keeps_labels:
         return contents
-    apart = lambda *x: separate(*x, n if repeats is None else repeats)  # noqa: E731
+    steps = n if repeats is None else repeats
     with jax.named_scope("separate"):
-        return jax.vmap(apart)(contents, weight, labels)
+        return jax.vmap(lambda x, y, z: separate(x, y, z, steps))(contents, weight, labels)
 
 
 class _Items(NamedTuple):
@@ -238,7 +239,7 @@ def _select(
 def _in_blocks(search: Callable[[_Drawn], _Found], drawn: _Drawn, num_layers: int) -> _Found:
     """What `search` finds, candidates last and in their order, some of them at a time."""
     n = len(drawn.fixed)
-    block = max(1 << (BLOCK // (n * num_layers)).bit_length() >> 1, 8)
+    block = max(1 << (BLOCK // max(n * num_layers, 1)).bit_length() >> 1, 8)
     whole = [x.shape[1] // block * block if x.shape[1] > block else 0 for x in drawn]
     rest = _Drawn(*(x[:, k:] for x, k in zip(drawn, whole, strict=True)))
 
