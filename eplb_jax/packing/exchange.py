@@ -126,7 +126,8 @@ class Pairs(Exchanges):
         del key
         num_windows, capacity, num_packs = state.value.shape
         value = jnp.moveaxis(state.value, 0, -1).reshape(-1, num_windows)
-        label, table = state.label.ravel(), jnp.asarray(schedule(num_packs, self.rounds))
+        items = _Items(value, state.label.ravel() if labelled else None)
+        table = jnp.asarray(schedule(num_packs, self.rounds))
 
         def round_of(i: Array | int, parts: _Parts) -> _Parts:
             place = jnp.concatenate([x.place for x in parts], axis=1)
@@ -135,8 +136,8 @@ class Pairs(Exchanges):
             over_all = jnp.sum(by_window, axis=1, dtype=jnp.int32)
             load = jnp.where(jnp.asarray(i, jnp.int32) % 2 == 0, over_all, by_window[:, turn])
             order = take_rows(falling(load), table[i])
-            packs = _Packs(columns(place, order), take_rows(by_window, order))
-            return _exchanged(packs, _Items(value, label), self.two, labelled)
+            packs, bye = _parted(_Packs(columns(place, order), take_rows(by_window, order)))
+            return _exchanged(packs, items, self.two), bye
 
         place = jnp.arange(capacity * num_packs, dtype=jnp.int32).reshape(capacity, num_packs)
         parts = _parted(_Packs(place, loads(state.value).T))
@@ -150,7 +151,7 @@ class _Items(NamedTuple):
     """The items by their place at first. Windows are last, as that is how rows are gathered."""
 
     value: Int32[Array, "n T"]
-    label: Int32[Array, " n"]
+    label: Int32[Array, " n"] | None
 
     def values(self, place: Int32[Array, "*r"]) -> Int32[Array, "T *r"]:
         """The loads of some items."""
@@ -166,14 +167,14 @@ class _Packs(NamedTuple):
     load: Int32[Array, "m T"]
 
 
-_Parts = tuple[_Packs, _Packs, _Packs]
-"""Packs, those that they are paired with, and what is left over."""
+_Parts = tuple[_Packs, _Packs]
+"""Pairs, the heavier packs before the lighter ones, and what is left over."""
 
 
 def _parted(packs: _Packs) -> _Parts:
-    half = packs.place.shape[1] // 2
+    paired = packs.place.shape[1] // 2 * 2
     part = lambda at: _Packs(packs.place[:, at], packs.load[at])  # noqa: E731
-    return part(slice(half)), part(slice(half, 2 * half)), part(slice(2 * half, None))
+    return part(slice(paired)), part(slice(paired, None))
 
 
 def schedule(num_packs: int, rounds: int) -> np.ndarray:
@@ -198,67 +199,56 @@ def schedule(num_packs: int, rounds: int) -> np.ndarray:
     return table
 
 
-def _exchanged(packs: _Packs, items: _Items, two: bool, labelled: bool) -> _Parts:
-    """The best exchange in every pair."""
-    a, b, bye = _parted(packs)
-    capacity, half = a.place.shape
-    limit = _length((a.load - b.load).T)
-    barred_a = barred_b = jnp.zeros(a.place.shape, bool)
-    if labelled:
-        label_a, label_b = (take_rows(items.label, x.place) for x in (a, b))
-        same = label_a[:, None] == label_b
-        known_a, known_b = jnp.any(same, axis=1), jnp.any(same, axis=0)
-        urgent = repeats(label_a) & ~known_a, repeats(label_b) & ~known_b
-        urgent_a = jnp.any(urgent[0], axis=0)
-        urgent_b = jnp.any(urgent[1], axis=0) & ~urgent_a
-        barred_a = known_a | (urgent_a & ~urgent[0])
-        barred_b = known_b | (urgent_b & ~urgent[1])
-        limit = jnp.where(urgent_a | urgent_b, _length(jnp.full_like(a.load.T, _ANYTHING)), limit)
+def _exchanged(packs: _Packs, items: _Items, two: bool) -> _Packs:
+    """The best exchange in every pair: of pack i with pack h + i."""
+    capacity, half = packs.place.shape[0], packs.place.shape[1] // 2
+    load = packs.load.T
+    limit = _length(load[:, :half] - load[:, half:])
+    barred = jnp.zeros(packs.place.shape, bool)
+    if items.label is not None:
+        barred, urgent = _barred(take_rows(items.label, packs.place))
+        limit = jnp.where(urgent, _length(jnp.full_like(load[:, :half], _ANYTHING)), limit)
 
-    value = items.values(packs.place[:, : 2 * half])
-    chosen = _best_exchange(
-        _Side(a.load.T, value[..., :half], barred_a),
-        _Side(b.load.T, value[..., half:], barred_b),
-        _bundles(capacity, two=two),
-        limit,
-    )
-    out = [_at_place(a.place, k) for k in chosen.from_a]
-    into = [_at_place(b.place, k) for k in chosen.from_b]
-    # An item that is named twice is weighed once.
-    second = chosen.from_a[0] != chosen.from_a[-1]
-    change = take_rows(items.value, into[0]) - take_rows(items.value, out[0])
-    if len(out) > 1:
-        other = take_rows(items.value, into[1]) - take_rows(items.value, out[1])
-        change += jnp.where(second[:, None], other, 0)
-    change = jnp.where(chosen.from_a[0][:, None] < 0, 0, change)
-
-    def put(place: Array, at: _Places, new: list[Array]) -> Array:
-        for one, item in zip(at, new, strict=True):
-            here = jnp.arange(capacity, dtype=jnp.int32)[:, None] == one
-            place = jnp.where(here, item, place)
-        return place
-
-    return (
-        _Packs(put(a.place, chosen.from_a, into), a.load + change),
-        _Packs(put(b.place, chosen.from_b, out), b.load - change),
-        bye,
-    )
+    first, last = _bundles(capacity, two=two)
+    chosen = _best_exchange(load, items.values(packs.place), barred, (first, last), limit)
+    # One number stands for a bundle: its first place, then its last, which is the same for one.
+    places = jnp.asarray(first * capacity + last)[chosen]
+    at = jnp.where(chosen < 0, -1, jnp.stack([places // capacity, places % capacity]))
+    gone = along(packs.place, jnp.maximum(at, 0), 0)
+    weight = take_rows(items.value, gone)
+    weight = weight[0] + jnp.where((at[0] != at[1])[:, None], weight[1], 0)
+    change = jnp.where(chosen[:, None] < 0, 0, jnp.roll(weight, half, axis=0) - weight)
+    place, come = packs.place, jnp.roll(gone, half, axis=1)
+    for one, item in zip(at, come, strict=True):
+        here = jnp.arange(capacity, dtype=jnp.int32)[:, None] == one
+        place = jnp.where(here, item, place)
+    return _Packs(place, packs.load + change)
 
 
-def _at_place(x: Num[Array, "*T c h"], place: Int32[Array, " h"]) -> Num[Array, "*T h"]:
-    """What every pack holds at its place."""
-    place = place.reshape((1,) * (x.ndim - 1) + place.shape)
-    return along(x, place, -2).squeeze(-2)
+def _barred(label: Int32[Array, "c 2h"]) -> tuple[Bool[Array, "c 2h"], Bool[Array, " h"]]:
+    """Which items must stay where they are, and whether a repeat of the pair must go.
+
+    Those that the other pack has must stay; and where a repeat can go, all others of its side.
+    """
+    half = label.shape[1] // 2
+    a, b = label[:, :half], label[:, half:]
+    same = a[:, None] == b
+    known_a, known_b = jnp.any(same, axis=1), jnp.any(same, axis=0)
+    urgent = repeats(a) & ~known_a, repeats(b) & ~known_b
+    urgent_a = jnp.any(urgent[0], axis=0)
+    urgent_b = jnp.any(urgent[1], axis=0) & ~urgent_a
+    barred_a = known_a | (urgent_a & ~urgent[0])
+    barred_b = known_b | (urgent_b & ~urgent[1])
+    return jnp.concatenate([barred_a, barred_b], axis=1), urgent_a | urgent_b
 
 
-_Places = tuple[Int32[Array, " h"], ...]
-
-
-class _Exchange(NamedTuple):
-    """One or two places on both sides of every pair, one twice for one item; -1: no exchange."""
-
-    from_a: _Places
-    from_b: _Places
+def _bundles(capacity: int, *, two: bool) -> tuple[np.ndarray, np.ndarray]:
+    """The first and the last place of what may be exchanged: of one item each, then of any two."""
+    place = np.arange(capacity, dtype=np.int32)
+    if not two or capacity < 4:
+        return place, place
+    one, other = np.triu_indices(capacity, k=1)
+    return np.append(place, one).astype(np.int32), np.append(place, other).astype(np.int32)
 
 
 def _length(apart: Num[Array, "T *h"]) -> Num[Array, "*h"]:
@@ -268,42 +258,32 @@ def _length(apart: Num[Array, "T *h"]) -> Num[Array, "*h"]:
     return reduce(jnp.add, [jnp.square(x.astype(jnp.float32)) for x in apart])
 
 
-class _Side(NamedTuple):
-    """The loads of packs, those of their items, and which items must stay."""
-
-    load: Int32[Array, "T h"]
-    value: Int32[Array, "T c h"]
-    barred: Bool[Array, "c h"]
-
-    def after(self, bundles: tuple[np.ndarray, ...], never: int) -> Num[Array, "T s h"]:
-        """What the pack weighs without a bundle, and its partner more with it; or `never`."""
-        value, barred = self.value, self.barred
-        single = np.where(bundles[0] == bundles[-1], _SINGLE, 0).astype(np.int32)[:, None]
-        if len(single) > value.shape[1]:
-            one, other = (k[value.shape[1] :] for k in bundles)
-            value = jnp.concatenate([value, value[:, one] + value[:, other]], axis=1)
-            barred = jnp.concatenate([barred, barred[one] | barred[other]])
-        load = jnp.where(barred, never, self.load[:, None] - 2 * value + single)
-        # Squares are of whole numbers in floats, made once and not in every comparison.
-        return load if len(load) == 1 else load.astype(jnp.float32)
-
-
-def _bundles(capacity: int, *, two: bool) -> tuple[np.ndarray, ...]:
-    """The first and the last place of what may be exchanged: of one item each, then of any two."""
-    place = np.arange(capacity, dtype=np.int32)
-    if not two or capacity < 4:
-        return (place,)
-    return tuple(np.append(place, k).astype(np.int32) for k in np.triu_indices(capacity, k=1))
-
-
 def _best_exchange(
-    a: _Side, b: _Side, bundles: tuple[np.ndarray, ...], limit: Num[Array, " h"]
-) -> _Exchange:
-    """The exchange of as many items for as many that leaves least between a pair.
+    load: Int32[Array, "T 2h"],
+    value: Int32[Array, "T c 2h"],
+    barred: Bool[Array, "c 2h"],
+    bundles: tuple[np.ndarray, np.ndarray],
+    limit: Num[Array, " h"],
+) -> Int32[Array, " 2h"]:
+    """The bundle of every pack whose exchange leaves least between the pair.
 
-    None where that is not less than the limit.
+    -1 for both where that is not less than the limit.
     """
-    left, right = a.after(bundles, _NEVER), b.after(bundles, -_NEVER)
+    capacity, half = value.shape[1], value.shape[2] // 2
+    one, other = (k[capacity:] for k in bundles)
+    single = np.where(bundles[0] == bundles[1], _SINGLE, 0).astype(np.int32)[:, None]
+
+    def after(side: slice, never: int) -> Array:
+        """What a pack weighs without a bundle, and its partner more with it; or `never`."""
+        of_item, stays = value[..., side], barred[:, side]
+        if len(one):
+            of_item = jnp.concatenate([of_item, of_item[:, one] + of_item[:, other]], axis=1)
+            stays = jnp.concatenate([stays, stays[one] | stays[other]])
+        weight = jnp.where(stays, never, load[:, None, side] - 2 * of_item + single)
+        # Squares are of whole numbers in floats, made once and not in every comparison.
+        return weight if len(load) == 1 else weight.astype(jnp.float32)
+
+    left, right = after(slice(half), _NEVER), after(slice(half, None), -_NEVER)
     count = right.shape[1]
     length = lambda j: _length(left - right[:, j, None])  # noqa: E731
     if count <= _WRITTEN_OUT:
@@ -317,11 +297,7 @@ def _best_exchange(
         against = lambda j, least: jnp.minimum(least, length(j))  # noqa: E731
         least = lax.fori_loop(1, count, against, length(0), unroll=4)
         _, from_a, _ = least_row(least, jnp.zeros(least.shape, jnp.int32), limit)
-        left = _at_place(left, jnp.maximum(from_a, 0))
-        lengths = _length(left[:, None] - right)
+        left = along(left, jnp.maximum(from_a, 0)[None, None], 1)
+        lengths = _length(left - right)
         _, from_b, _ = least_row(lengths, jnp.zeros(lengths.shape, jnp.int32), limit)
-
-    def places(one: Int32[Array, " h"]) -> _Places:
-        return tuple(jnp.where(one < 0, -1, jnp.asarray(k)[one]) for k in bundles)
-
-    return _Exchange(places(from_a), places(from_b))
+    return jnp.concatenate([from_a, from_b])
