@@ -216,8 +216,8 @@ class _Layer(NamedTuple):
         place = _along(0, self.sizes.places)
 
         def compare(j: Array, found: Array) -> Array:
-            equal = (label == self.label[self.item(j, pack)]) & ((j < place) | (not earlier))
-            return found | equal.astype(jnp.int32)
+            equal = label == self.label[self.item(j, pack)]
+            return found | (equal & (j < place) if earlier else equal).astype(jnp.int32)
 
         found = _loop(self.sizes.capacity, compare, jnp.zeros(label.shape, jnp.int32))
         return (found > 0) & (place < self.sizes.capacity)
@@ -319,7 +319,7 @@ class _Layer(NamedTuple):
         load, value = self.loads(item), self.values(item)
         seen = self.chosen(load, lax.rem(step, windows))
         heaviest = _first(seen, jnp.max(seen), pack)
-        urgent, only, known = jnp.bool_(False), jnp.int32(0), (pack == heaviest)[None]
+        known, urgent, only = (pack == heaviest)[None], step < 0, step
         if self.labelled:
             repeat, found = self.repeat(item, last)
             urgent, only = found & (lax.rem(step, 4) < 3), lax.div(repeat, num_packs)
@@ -334,11 +334,11 @@ class _Layer(NamedTuple):
             moved = [x - y for x, y in zip(self.values(own), value, strict=True)]
             each = zip(mine, load, moved, strict=True)
             cost = reduce(jnp.add, [jnp.maximum(x - z, y[None] + z) for x, y, z in each])
-            barred = urgent & (out != only)
+            barred = known
             if self.labelled:
                 same = (self.label[own] == self.label[item]) & (place < capacity)
-                barred |= _any(same, 0)[None]
-            cost = jnp.where(barred | known, _MOST, cost)
+                barred |= _any(same, 0)[None] | (urgent & (out != only))
+            cost = jnp.where(barred, _MOST, cost)
             return jnp.minimum(best[0], cost), jnp.where(cost < best[0], out, best[1])
 
         start = jnp.full(item.shape, _MOST), jnp.zeros(item.shape, jnp.int32)

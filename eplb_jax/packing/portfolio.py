@@ -115,10 +115,10 @@ def _lighten(i: Array | int, carry: _Lightened) -> _Lightened:
     here = good & (slot == mine_at * num_packs + pack)
     there = good & (slot == other_at * num_packs + other)
 
-    def exchange(x: Int32[Array, "c m"]) -> Int32[Array, "c m"]:
-        return jnp.where(here, x[other_at, other], jnp.where(there, x[mine_at, pack], x))
-
-    after = State(jax.vmap(exchange)(state.value), exchange(state.item), exchange(state.label))
+    all_of = jnp.concatenate([state.value, state.item[None], state.label[None]])
+    come, gone = all_of[:, other_at, other], all_of[:, mine_at, pack]
+    after = jnp.where(here, come[:, None, None], jnp.where(there, gone[:, None, None], all_of))
+    after = State(after[:num_windows], after[-2], after[-1])
     return _Lightened(after, jnp.where(urgent, repeat, last))
 
 

@@ -62,7 +62,8 @@ def differencing(
         one = first_equal(spread, jnp.max(spread))
         spread = jnp.where(chunk == one, -2, spread)
         other = first_equal(spread, jnp.max(spread))
-        heavy, light = falling(sums[one]), falling(sums[other])[::-1]
+        heavy, light = jax.vmap(falling)(sums[jnp.stack([one, other])])
+        light = light[::-1]
         merged = sums[one][heavy] + sums[other][light]
         turned = jnp.where((tuple_of == other)[:, None], items[:, light], items)
         items = jnp.where((tuple_of == one)[:, None], items[:, heavy], turned)
