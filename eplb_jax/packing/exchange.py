@@ -225,7 +225,7 @@ def _exchanged(packs: _Packs, items: _Items, two: bool) -> _Packs:
     return _Packs(place, packs.load + change)
 
 
-def _barred(label: Int32[Array, "c 2h"]) -> tuple[Bool[Array, "c 2h"], Bool[Array, " h"]]:
+def _barred(label: Int32[Array, "c m"]) -> tuple[Bool[Array, "c m"], Bool[Array, " h"]]:
     """Which items must stay where they are, and whether a repeat of the pair must go.
 
     Those that the other pack has must stay; and where a repeat can go, all others of its side.
@@ -259,12 +259,12 @@ def _length(apart: Num[Array, "T *h"]) -> Num[Array, "*h"]:
 
 
 def _best_exchange(
-    load: Int32[Array, "T 2h"],
-    value: Int32[Array, "T c 2h"],
-    barred: Bool[Array, "c 2h"],
+    load: Int32[Array, "T m"],
+    value: Int32[Array, "T c m"],
+    barred: Bool[Array, "c m"],
     bundles: tuple[np.ndarray, np.ndarray],
     limit: Num[Array, " h"],
-) -> Int32[Array, " 2h"]:
+) -> Int32[Array, " m"]:
     """The bundle of every pack whose exchange leaves least between the pair.
 
     -1 for both where that is not less than the limit.

@@ -1,0 +1,77 @@
+"""Plans compiled ahead of time."""
+
+import re
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import lognormal
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+import eplb_jax
+
+COUNTS = 20, 4, 2, 4
+
+
+@pytest.mark.parametrize("policy", ["global", "hierarchical"])
+@pytest.mark.parametrize("strategy", ["greedy", "auto"])
+def test_the_plan_of_rebalance_experts(policy, strategy):
+    load = (lognormal(5, 16) * 1000).astype(np.int64)
+    plan = eplb_jax.compile(load.shape, *COUNTS, policy=policy, strategy=strategy)
+    direct = eplb_jax.rebalance_experts(load, *COUNTS, policy=policy, strategy=strategy)
+    for values in (load, load.astype(np.float32), load.tolist(), jnp.asarray(load, jnp.float32)):
+        chex.assert_trees_all_equal(plan(values), direct)
+
+
+def test_windows_and_the_plan_in_place():
+    windows = np.stack([lognormal(5, 16, seed=i) for i in range(4)])
+    old = eplb_jax.rebalance_experts(lognormal(5, 16, seed=9), *COUNTS)
+    for limits in ({}, {"max_moves": 2}, {"price": 0.01}):
+        plan = eplb_jax.compile(windows.shape, *COUNTS, previous=True, **limits)
+        direct = eplb_jax.rebalance_experts(windows, *COUNTS, previous=old, **limits)
+        chex.assert_trees_all_equal(plan(windows, old), direct)
+        chex.assert_trees_all_equal(plan(windows, np.asarray(old.phy2log)), direct)
+
+
+def test_calls_compile_nothing():
+    plan = eplb_jax.compile((3, 16), *COUNTS)
+    plan(lognormal(3, 16))
+    with jax.log_compiles(), pytest.MonkeyPatch.context() as patch:
+        refuse = lambda *_, **__: pytest.fail("compiles")  # noqa: E731
+        patch.setattr(jax.stages.Lowered, "compile", refuse)
+        counted = []
+        patch.setattr(jax._src.compiler, "backend_compile_and_load", counted.append)
+        plan(lognormal(3, 16, seed=1))
+        plan((lognormal(3, 16, seed=2) * 100).astype(np.int64))
+    assert not counted
+
+
+def test_layers_over_a_mesh():
+    mesh = Mesh(jax.devices()[:2], ("layers",))
+    over_layers = NamedSharding(mesh, PartitionSpec("layers"))
+    load = lognormal(4, 16)
+    plan = eplb_jax.compile(load.shape, *COUNTS, sharding=over_layers)
+    text = plan.executable.as_text()
+    assert not re.search(r"all-(gather|reduce|to-all)|collective-permute", text)
+    chex.assert_trees_all_equal(plan(load), eplb_jax.rebalance_experts(load, *COUNTS))
+
+
+def test_errors():
+    plan = eplb_jax.compile((3, 16), *COUNTS)
+    with pytest.raises(ValueError, match=r"compiled for, \(3, 16\), got \(2, 16\)"):
+        plan(lognormal(2, 16))
+    with pytest.raises(TypeError, match="takes no previous; compile with previous=True"):
+        plan(lognormal(3, 16), plan(lognormal(3, 16)))
+    with pytest.raises(ValueError, match="layer 1, expert 2 is nan"):
+        plan(np.where(np.arange(48).reshape(3, 16) == 18, np.nan, 1))
+    with pytest.raises(ValueError, match=r"\(L, E\) or \(T, L, E\), got \(16,\)"):
+        eplb_jax.compile((16,), *COUNTS)
+    with pytest.raises(ValueError, match="max_moves needs previous"):
+        eplb_jax.compile((3, 16), *COUNTS, max_moves=3)
+    limited = eplb_jax.compile((3, 16), *COUNTS, previous=True)
+    with pytest.raises(TypeError, match="needs previous"):
+        limited(lognormal(3, 16))
+    with pytest.raises(ValueError, match="previous"):
+        limited(lognormal(3, 16), np.zeros((3, 20), np.int32))
