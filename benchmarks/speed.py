@@ -31,6 +31,7 @@ from rich.console import Console
 from rich.table import Table
 
 import eplb_jax
+from eplb_jax.packing.kernels import in_kernels
 
 Row = dict[str, Any]
 
@@ -44,11 +45,16 @@ GROWTH = {  # panel: what grows, and its shapes
 }
 
 
+def by_name(name: str) -> eplb_jax.Strategy:
+    """The strategy; with a K at the end its form in kernels for CUDA."""
+    return in_kernels(name[:-2]) if name.endswith(" K") else eplb_jax.STRATEGIES[name]
+
+
 def sides(shape: Shape, load: np.ndarray, strategies: Iterable[str]) -> Calls:
     """Our strategies and their peers, as calls."""
     weight = jax.device_put(jnp.asarray(load))
     summed = load if load.ndim == 2 else load.sum(axis=0)
-    ours = {name: lambda name=name: plan(weight, shape, name) for name in strategies}
+    ours = {name: lambda name=name: plan(weight, shape, by_name(name)) for name in strategies}
     theirs = {
         name: lambda peer=peer: peer(summed, shape.replicas, shape.gpus)
         for name, peer in peers.available().items()
@@ -57,7 +63,7 @@ def sides(shape: Shape, load: np.ndarray, strategies: Iterable[str]) -> Calls:
 
 
 def peak_mib(weight: np.ndarray, shape: Shape, strategy: str) -> float | None:
-    compiled = jax.jit(lambda x: plan(x, shape, strategy)).lower(weight).compile()
+    compiled = jax.jit(lambda x: plan(x, shape, by_name(strategy))).lower(weight).compile()
     memory: Any = compiled.memory_analysis()
     if memory is None:
         return None
@@ -87,7 +93,7 @@ def measure(shape: Shape, strategies: list[str], repeat: int) -> list[Row]:
             row |= {"compile_s": first - steady, "peak_mib": peak_mib(load, shape, name)}
             if jax.default_backend() != "cpu":
                 with jax.default_device(jax.devices("cpu")[0]):
-                    on_cpu = plan(load, shape, name).phy2log
+                    on_cpu = plan(load, shape, name.removesuffix(" K")).phy2log
                 row["as_on_cpu"] = np.array_equal(on_cpu, plans[name])
         rows.append(row)
     return rows
@@ -176,6 +182,8 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, help="draw speed.png and growth.png in this folder")
     options = parser.parse_args()
     strategies = known if "all" in options.strategies else options.strategies
+    if jax.default_backend() == "gpu":
+        strategies = [*strategies, *(f"{x} K" for x in ("fast", "auto") if x in strategies)]
     shapes = [*SHAPES] if "all" in options.shapes else options.shapes
 
     about = versions()

@@ -13,9 +13,10 @@ from eplb_jax.packing.bounds import packing_bound
 from eplb_jax.packing.construction import quantised_greedy
 from eplb_jax.packing.exchange import Pairs, schedule
 from eplb_jax.packing.portfolio import Columns, Peak, Portfolio
-from eplb_jax.packing.starts import best_start, differencing, every_packing, exhaustive, ways
+from eplb_jax.packing.starts import BestStart, differencing, every_packing, exhaustive, ways
 
 KEY = jax.random.key(0)
+best_start = BestStart()
 ONE_PACKING = [Columns(12), Pairs(6), Pairs(6, two=False), Peak(6)]
 
 

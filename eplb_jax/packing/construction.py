@@ -70,7 +70,7 @@ def greedy(weight: Float[Array, "..."], order: Int32[Array, "n *K"], num_packs: 
         jnp.zeros((num_packs, *lanes), jnp.float32), jnp.zeros((num_packs, *lanes), jnp.int32)
     )
     end, pack_index = lax.scan(place, start, placed)
-    return Constructed(_contents(pack_index, order, num_packs), end.loads)
+    return Constructed(contents_of(pack_index, order, num_packs), end.loads)
 
 
 def quantised_greedy(
@@ -100,10 +100,10 @@ def quantised_greedy(
     empty = jnp.zeros((num_packs, *lanes), jnp.int32)
     state, pack_index = lax.scan(place, empty + (rows(num_packs, empty) << item_bits), steps)
     loads = (state & (full - 1)) >> low
-    return Constructed(_contents(pack_index, order, num_packs), loads)
+    return Constructed(contents_of(pack_index, order, num_packs), loads)
 
 
-def _contents(
+def contents_of(
     pack_index: Int32[Array, "n *K"], order: Int32[Array, "n *K"], num_packs: int
 ) -> Int32[Array, "m c *K"]:
     """The items of every pack, heaviest first, from the pack of every place in the order."""

@@ -25,19 +25,31 @@ from jaxtyping import Array, Bool, Float, Int32, Key, Num
 from eplb_jax.packing.lanes import along, falling, fixed_point, least_row, take_rows
 
 BITS = 26
-"""For the load of a pack: the difference of two that have exchanged items is less than 2 ** 27."""
+"""For the load of a pack."""
 
 BITS_OF_SQUARES = 20
 """The same for several windows: squares of what may be the least are whole numbers in float32."""
 
-_ANYTHING = 1 << 27
-"""No less than any difference of two packs."""
 
-_SINGLE = 2 * _ANYTHING
-"""Added to both packs for one item, not two: no less than `_ANYTHING` is left of it by others."""
+class Marks(NamedTuple):
+    """Numbers above any difference of loads, which is less than 2 ** (bits + 1).
 
-_NEVER = 4 * _ANYTHING
-"""For items that must stay; twice as much, less a `_SINGLE` and a load, still fits in an int32."""
+    Attributes:
+        anything: No less than any difference.
+        single: Added to both packs for one item, not two: against two, it leaves `anything`.
+        never: For items that must stay: `anything` is left of it, whatever the other pack gives.
+    """
+
+    anything: int
+    single: int
+    never: int
+
+
+def marks(num_windows: int) -> Marks:
+    """What fits in an int32, or exactly in a float32 where squares are taken."""
+    anything = 2 << (BITS if num_windows == 1 else BITS_OF_SQUARES)
+    return Marks(anything, 2 * anything, 4 * anything)
+
 
 _WRITTEN_OUT = 16
 """So many exchanges of an item are one kernel. With the index of a loop XLA:CPU does not use vector
@@ -203,13 +215,14 @@ def _exchanged(packs: _Packs, items: _Items, two: bool) -> _Packs:
     """The best exchange in every pair: of pack i with pack h + i."""
     capacity, half = packs.place.shape[0], packs.place.shape[1] // 2
     load = packs.load.T
+    anything = marks(len(load)).anything
     limit = _length(load[:, :half] - load[:, half:])
     barred = jnp.zeros(packs.place.shape, bool)
     if items.label is not None:
         barred, urgent = _barred(take_rows(items.label, packs.place))
-        limit = jnp.where(urgent, _length(jnp.full_like(load[:, :half], _ANYTHING)), limit)
+        limit = jnp.where(urgent, _length(jnp.full_like(load[:, :half], anything)), limit)
 
-    first, last = _bundles(capacity, two=two)
+    first, last = bundles_of(capacity, two=two)
     chosen = _best_exchange(load, items.values(packs.place), barred, (first, last), limit)
     # One number stands for a bundle: its first place, then its last, which is the same for one.
     places = jnp.asarray(first * capacity + last)[chosen]
@@ -242,7 +255,7 @@ def _barred(label: Int32[Array, "c m"]) -> tuple[Bool[Array, "c m"], Bool[Array,
     return jnp.concatenate([barred_a, barred_b], axis=1), urgent_a | urgent_b
 
 
-def _bundles(capacity: int, *, two: bool) -> tuple[np.ndarray, np.ndarray]:
+def bundles_of(capacity: int, *, two: bool) -> tuple[np.ndarray, np.ndarray]:
     """The first and the last place of what may be exchanged: of one item each, then of any two."""
     place = np.arange(capacity, dtype=np.int32)
     if not two or capacity < 4:
@@ -271,7 +284,8 @@ def _best_exchange(
     """
     capacity, half = value.shape[1], value.shape[2] // 2
     one, other = (k[capacity:] for k in bundles)
-    single = np.where(bundles[0] == bundles[1], _SINGLE, 0).astype(np.int32)[:, None]
+    mark = marks(len(load))
+    single = np.where(bundles[0] == bundles[1], mark.single, 0).astype(np.int32)[:, None]
 
     def after(side: slice, never: int) -> Array:
         """What a pack weighs without a bundle, and its partner more with it; or `never`."""
@@ -283,7 +297,7 @@ def _best_exchange(
         # Squares are of whole numbers in floats, made once and not in every comparison.
         return weight if len(load) == 1 else weight.astype(jnp.float32)
 
-    left, right = after(slice(half), _NEVER), after(slice(half, None), -_NEVER)
+    left, right = after(slice(half), mark.never), after(slice(half, None), -mark.never)
     count = right.shape[1]
     length = lambda j: _length(left - right[:, j, None])  # noqa: E731
     if count <= _WRITTEN_OUT:

@@ -1,8 +1,8 @@
 """What each shape of packs gains most from: blocks dealt out anew, pairs, the heaviest pack."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -160,18 +160,24 @@ class Portfolio(Exchanges):
     columns: int
     rounds: int
     peaks: int
+    kernel: Any = None
+    """`kernels.InKernel`, to take the place of `Pairs` and `Peak`."""
 
     def improve(self, state: State, key: Key[Array, ""], *, labelled: bool) -> State:
         """Take the steps of this shape."""
         num_windows, capacity, num_packs = state.value.shape
+        columns = self.columns >> (capacity - 3) if 3 <= capacity <= 5 and num_windows == 1 else 0
         if num_windows > 1:
             rounds = self.rounds * (8 if capacity * num_packs <= 128 else 3)
-            state = Pairs(rounds, 4 <= capacity <= 5).improve(state, key, labelled=labelled)
-            return Peak(self.peaks).improve(state, key, labelled=labelled)
-        rounds = self.rounds * _MORE_ROUNDS.get(capacity, 1)
-        parts: list[Exchanges] = [Pairs(rounds, 4 <= capacity <= 16), Peak(self.peaks)]
-        if 3 <= capacity <= 5:
-            parts.insert(0, Columns(self.columns >> (capacity - 3)))
+            pairs = Pairs(rounds, 4 <= capacity <= 5)
+        else:
+            rounds = self.rounds * _MORE_ROUNDS.get(capacity, 1)
+            pairs = Pairs(rounds, 4 <= capacity <= 16)
+        parts: list[Exchanges] = [pairs, Peak(self.peaks)]
+        if self.kernel is not None:
+            parts = [replace(self.kernel, pairs=pairs, peak=Peak(self.peaks))]
+        if columns:
+            parts.insert(0, Columns(columns))
 
         def chain(key: Key[Array, ""]) -> State:
             end = state
@@ -179,7 +185,7 @@ class Portfolio(Exchanges):
                 end = part.improve(end, key, labelled=labelled)
             return end
 
-        chains = min(256 // (capacity * num_packs), 4) if 3 <= capacity <= 5 else 1
+        chains = min(256 // (capacity * num_packs), 4) if columns else 1
         if chains < 2:
             return chain(key)
         ends = jax.vmap(chain)(jax.random.split(key, chains))

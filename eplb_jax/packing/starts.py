@@ -142,10 +142,16 @@ def exhaustive(
     return Constructed(contents, loads_of(units, contents))
 
 
-def best_start(
-    weight: Float[Array, "..."], order: Int32[Array, "n *K"], num_packs: int
-) -> Constructed:
+@dataclass(frozen=True)
+class BestStart:
     """The optimum where there are few packings, else the better of differencing and greedy."""
-    if ways(weight.shape[0], num_packs) <= MOST_WAYS:
-        return exhaustive(weight, order, num_packs)
-    return BestOf((differencing, quantised_greedy))(weight, order, num_packs)
+
+    greedy: Construction = quantised_greedy
+
+    def __call__(
+        self, weight: Float[Array, "..."], order: Int32[Array, "n *K"], num_packs: int
+    ) -> Constructed:
+        """Construct."""
+        if ways(weight.shape[0], num_packs) <= MOST_WAYS:
+            return exhaustive(weight, order, num_packs)
+        return BestOf((differencing, self.greedy))(weight, order, num_packs)

@@ -19,7 +19,7 @@ from eplb_jax.packing.objective import Objective, peak, spread
 from eplb_jax.packing.orders import Lpt, NoisyLpt, Order, RampedLpt, Shuffle, Zigzag
 from eplb_jax.packing.portfolio import Portfolio
 from eplb_jax.packing.refinement import Rebuild, Refinement, Swap
-from eplb_jax.packing.starts import best_start
+from eplb_jax.packing.starts import BestStart
 
 
 @dataclass(frozen=True)
@@ -65,18 +65,18 @@ class Strategy:
 STRATEGIES: Mapping[str, Strategy] = MappingProxyType(
     {
         "auto": Strategy(
-            construction=best_start,
+            construction=BestStart(),
             refinement=Portfolio(64, 8, 8),
             counts=JointCounts(targets=8, moves=12, divisors=3),
         ),
         "fast": Strategy(
-            construction=best_start,
+            construction=BestStart(),
             refinement=Portfolio(16, 4, 8),
             counts=JointCounts(targets=4, moves=6, divisors=1),
         ),
         "best": Strategy(
             orders=(Lpt(), RampedLpt(7, 0.0, 0.1)),
-            construction=best_start,
+            construction=BestStart(),
             keep=8,
             refinement=Portfolio(256, 64, 32),
             objective=peak,
