@@ -61,7 +61,7 @@ def load_of(shape: Shape) -> np.ndarray:
     return load.astype(np.float32)
 
 
-def plan(weight: Any, shape: Shape, strategy: str) -> eplb_jax.Placement:
+def plan(weight: Any, shape: Shape, strategy: str | eplb_jax.Strategy) -> eplb_jax.Placement:
     counts = shape.replicas, shape.groups, shape.nodes, shape.gpus
     return eplb_jax.rebalance_experts(weight, *counts, policy=shape.policy, strategy=strategy)
 

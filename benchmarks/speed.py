@@ -9,6 +9,8 @@ Loads lie on the device and plans stay there. All sides run in turn in every rou
 hits them equally; what takes longer than 0.3 s runs 3 times. "compile" is the first call less the
 median. "peak" is what XLA reserves for arguments, results and all between. `peers.py` says what
 the other sides are; theirs is the global plan of the sum of windows on every shape, on the CPU.
+On a GPU "fast K" and "auto K" are the same searches in kernels, and "as on CPU" says whether plans
+are those of the CPU, bit for bit.
 """
 
 import argparse
