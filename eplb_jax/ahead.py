@@ -5,7 +5,6 @@ from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Key
 
 from eplb_jax.packing.strategy import Strategy
@@ -36,8 +35,8 @@ class CompiledPlan:
 
         Args:
             weight: Loads of `shape`, of any real dtype; anything `jnp.asarray` takes.
-            previous: The plan in place, or its phy2log [L, R]; if, and only if, it was compiled
-                for one.
+            previous: The plan in place, of which the phy2log [L, R] counts, or that; if, and only
+                if, it was compiled for one.
 
         Raises:
             TypeError: `previous` is missing or not expected, or an argument is of the wrong kind.
@@ -54,16 +53,13 @@ class CompiledPlan:
             raise TypeError(
                 f"this plan {expected} previous; compile with previous={not self.previous}"
             )
-        arguments = [self._placed(load)]
+        arguments = [jax.device_put(load, self.sharding)]
         if previous is not None:
             num_layers, num_experts = self.shape[-2:]
             old = as_experts(previous, "previous", (num_layers, self.num_replicas), num_experts)
             check_complete(old, num_experts, "previous")
             arguments.append(old)
         return self.executable(*arguments)
-
-    def _placed(self, load: Array | np.ndarray) -> Array:
-        return jax.device_put(load, self.sharding)
 
 
 def compile(  # noqa: A001
@@ -83,8 +79,7 @@ def compile(  # noqa: A001
 ) -> CompiledPlan:
     """Compile `rebalance_experts` for loads of one shape, before the first of them is there.
 
-    The whole plan is one executable, so that a call is a little faster than one of
-    `rebalance_experts`, too. With JAX's persistent compilation cache
+    The whole plan is one executable. With JAX's persistent compilation cache
     (``jax.config.update("jax_compilation_cache_dir", path)``) a later process reads it from there.
 
     Args:
