@@ -17,6 +17,6 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 # The public functions are left out: they take anything, and say what is wrong with it themselves.
 CORE = [
     *("lanes", "orders", "objective", "construction", "starts"),
-    *("refinement", "exchange", "portfolio", "distinct", "kernels"),
+    *("refinement", "exchange", "pairs", "portfolio", "distinct", "kernels"),
 ]
 install_import_hook([f"eplb_jax.packing.{name}" for name in CORE], "beartype.beartype")

@@ -11,7 +11,7 @@ from test_refinement import instance
 from eplb_jax.packing import exchange, lanes
 from eplb_jax.packing.bounds import packing_bound
 from eplb_jax.packing.construction import quantised_greedy
-from eplb_jax.packing.exchange import Pairs, schedule
+from eplb_jax.packing.pairs import Pairs, schedule
 from eplb_jax.packing.portfolio import Columns, Peak, Portfolio
 from eplb_jax.packing.starts import BestStart, differencing, every_packing, exhaustive, ways
 

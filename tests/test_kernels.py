@@ -10,8 +10,8 @@ from helpers import assert_same, lognormal
 
 import eplb_jax
 from eplb_jax.packing.construction import quantised_greedy
-from eplb_jax.packing.exchange import Pairs
 from eplb_jax.packing.kernels import GreedyInKernel, InKernel, in_kernels
+from eplb_jax.packing.pairs import Pairs
 from eplb_jax.packing.portfolio import Peak, Portfolio
 
 KEY = jax.random.key(0)

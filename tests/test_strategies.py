@@ -14,8 +14,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 import eplb_jax
 from eplb_jax import STRATEGIES, Strategy, balanced_packing
 from eplb_jax.packing import search
-from eplb_jax.packing.exchange import Pairs
 from eplb_jax.packing.orders import Lpt, RampedLpt, Zigzag
+from eplb_jax.packing.pairs import Pairs
 from eplb_jax.packing.portfolio import Columns, Peak, Portfolio
 from eplb_jax.packing.refinement import Rebuild
 

@@ -13,7 +13,7 @@ from test_strategies import COLLECTIVES
 import eplb_jax
 from eplb_jax import check_placement, rebalance_experts
 from eplb_jax.forecast import MOST_WINDOWS, forecast, gathered
-from eplb_jax.packing.exchange import Pairs
+from eplb_jax.packing.pairs import Pairs
 from eplb_jax.packing.portfolio import Peak, Portfolio
 from eplb_jax.replay import all_windows, last_window, replay
 from eplb_jax.validation import sanitised

@@ -10,9 +10,10 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Int32, Key
 
-from eplb_jax.packing.exchange import Exchanges, Pairs, State, loads, repeats
+from eplb_jax.packing.exchange import Exchanges, State, loads, repeats
 from eplb_jax.packing.lanes import along, first_equal, least_row, ranks, take_rows, where_equal
 from eplb_jax.packing.objective import best
+from eplb_jax.packing.pairs import Pairs
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ stay the default: this has been lowered for CUDA and run by an interpreter, not 
 
 import dataclasses
 
-from eplb_jax.packing.exchange import Pairs
 from eplb_jax.packing.kernels.exchanges import InKernel as InKernel
 from eplb_jax.packing.kernels.greedy import GreedyInKernel as GreedyInKernel
+from eplb_jax.packing.pairs import Pairs
 from eplb_jax.packing.portfolio import Peak, Portfolio
 from eplb_jax.packing.starts import BestStart
 from eplb_jax.packing.strategy import Strategy, resolve

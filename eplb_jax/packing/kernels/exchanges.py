@@ -9,8 +9,9 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Key
 
-from eplb_jax.packing.exchange import Exchanges, Pairs, State, bundles_of, columns, schedule
+from eplb_jax.packing.exchange import Exchanges, State, columns
 from eplb_jax.packing.kernels.layer import AT_ONCE, Layer, Ref, Sizes, along_axis, call_of, loop
+from eplb_jax.packing.pairs import Pairs, bundles_of, schedule
 from eplb_jax.packing.portfolio import Peak
 
 
