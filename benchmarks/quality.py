@@ -19,6 +19,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from peers import repeats
 from rich.console import Console
 from rich.table import Table
 
@@ -54,11 +55,6 @@ def fits(num_experts: int, num_replicas: int, kind: str) -> bool:
     if kind == "no spares":
         return num_replicas == num_experts
     return num_experts < num_replicas <= 1.8 * num_experts
-
-
-def repeats(phy2log: np.ndarray, num_gpus: int) -> int:
-    by_gpu = np.sort(phy2log.reshape(len(phy2log), num_gpus, -1), axis=2)
-    return int((by_gpu[:, :, 1:] == by_gpu[:, :, :-1]).sum())
 
 
 def measure(

@@ -105,7 +105,7 @@ def _best(
 
     def chosen(x: Int32[Array, "_ n"]) -> Int32[Array, "L n"]:
         # Layer by layer, lest layers on several devices be gathered.
-        return along(x.reshape(num_layers, choices, -1), choice, 1)[:, 0]
+        return along(x.reshape(num_layers, choices, x.shape[1]), choice, 1)[:, 0]
 
     return jax.tree.map(chosen, replicas)
 

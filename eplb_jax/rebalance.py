@@ -211,9 +211,6 @@ def _place_replicas(
     num_replicas, num_groups, num_nodes, num_gpus = topology
     forecast = forecast_of(weight, summed=not strategy.distinct)
     num_layers, num_experts = forecast.load.shape
-    if num_layers == 0:
-        none = jnp.zeros((0, num_replicas), jnp.int32)
-        return Replication(none, none, jnp.zeros((0, num_experts), jnp.int32))
     group_key, gpu_key = jax.random.split(fixed_if_none(key))
 
     counts = num_replicas // num_nodes, num_gpus // num_nodes

@@ -249,13 +249,10 @@ def _in_blocks(search: Callable[[_Drawn], _Found], drawn: _Drawn, num_layers: in
         found = lax.map(lambda x: search(none._replace(**{kind: x})), blocks)
         return jax.tree.map(lambda x: jnp.moveaxis(x, 0, -2).reshape(*x.shape[1:-1], -1), found)
 
-    found = [in_turn("fixed", drawn.fixed[:, : whole[0]])] if whole[0] else []
+    fixed = [in_turn("fixed", drawn.fixed[:, : whole[0]])] if whole[0] else []
+    noisy = [in_turn("noisy", drawn.noisy[:, : whole[1]])] if whole[1] else []
     if any(x.shape[1] for x in rest):
         last, k = search(rest), rest.fixed.shape[1]
-        found.append(jax.tree.map(lambda x: x[..., :k], last))
-        later = [jax.tree.map(lambda x: x[..., k:], last)]
-    else:
-        later = []
-    if whole[1]:
-        found.append(in_turn("noisy", drawn.noisy[:, : whole[1]]))
-    return jax.tree.map(lambda *x: jnp.concatenate(x, axis=-1), *found, *later)
+        fixed.append(jax.tree.map(lambda x: x[..., :k], last))
+        noisy.append(jax.tree.map(lambda x: x[..., k:], last))
+    return jax.tree.map(lambda *x: jnp.concatenate(x, axis=-1), *fixed, *noisy)
