@@ -3,12 +3,14 @@
 `rebalance_experts` plans where the replicas of every expert of a mixture-of-experts model lie, and
 `compile` makes that ready ahead of time. `balanced_packing` and `replicate_experts` are its two
 halves, `metrics.balance` measures a plan, `moves` says what it takes to put it in place of another
-and `decide` whether to. `loads` reads measured loads, `traces` makes up others and `replay` plays
-them through. The axes are named in `eplb_jax.types`.
+and `decide` whether to. `runtime` puts plans to work in a running model. `loads` reads measured
+loads, `traces` makes up others and `replay` plays them through. The axes are named in
+`eplb_jax.types`.
 """
 
 from eplb_jax import loads as loads
 from eplb_jax import metrics as metrics
+from eplb_jax import runtime as runtime
 from eplb_jax import traces as traces
 from eplb_jax.ahead import CompiledPlan as CompiledPlan
 from eplb_jax.ahead import compile as compile  # noqa: A004

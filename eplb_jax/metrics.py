@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from eplb_jax.packing.bounds import plan_bound
+from eplb_jax.sharding import by_layers
 from eplb_jax.types import Placement
 from eplb_jax.validation import LoadLike, as_count, as_load, check_divides
 
@@ -91,6 +92,7 @@ def gap(load: LoadLike, placement: Placement, num_gpus: int) -> Float[Array, " L
     return jnp.where(bound > 0, heaviest / jnp.where(bound > 0, bound, 1), 1) - 1
 
 
+@by_layers
 @partial(jax.jit, static_argnames="num_gpus")
 def _gpu_loads(
     load: Float[Array, "L E"], placement: Placement, *, num_gpus: int

@@ -5,9 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int32
 
+from eplb_jax.sharding import by_layers
 from eplb_jax.types import Placement, Replication
 
 
+@by_layers
 @jax.jit
 def place(replicas: Replication) -> Placement:
     """The plan whose slots hold these replicas."""

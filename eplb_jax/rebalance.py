@@ -16,6 +16,7 @@ from eplb_jax.packing.search import packs
 from eplb_jax.packing.strategy import Strategy, resolve
 from eplb_jax.placement import counted, place, ranks_in, ranks_listed
 from eplb_jax.relabel import relabelled
+from eplb_jax.sharding import by_layers
 from eplb_jax.types import Placement, Replication
 from eplb_jax.validation import (
     LoadLike,
@@ -200,6 +201,7 @@ def _topology(
     return _Topology(num_replicas, num_groups, num_nodes, num_gpus)
 
 
+@by_layers
 @partial(jax.jit, static_argnames=("topology", "strategy"))
 def _place_replicas(
     weight: Float[Array, "*T L E"],
@@ -229,6 +231,7 @@ def _place_replicas(
     return Replication(phy2log, rank, counted(phy2log, num_experts))
 
 
+@by_layers
 @partial(jax.jit, static_argnames=("topology", "strategy"))
 def _improved(
     weight: Float[Array, "*T L E"],

@@ -14,11 +14,13 @@ from jax import lax
 from jaxtyping import Array, Bool, Int32
 
 from eplb_jax.packing.lanes import first_equal
+from eplb_jax.sharding import by_layers
 from eplb_jax.types import Replication
 
 _FAR = 1 << 29
 
 
+@by_layers
 @partial(jax.jit, static_argnames=("num_gpus", "num_nodes"))
 def relabelled(
     new: Replication, old: Int32[Array, "L R"], *, num_gpus: int, num_nodes: int

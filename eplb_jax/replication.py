@@ -8,6 +8,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int32
 
 from eplb_jax.packing.lanes import along, first_equal
+from eplb_jax.sharding import by_layers
 from eplb_jax.types import Replication
 from eplb_jax.validation import LoadLike, as_count, as_load, check_multiple, sanitised
 
@@ -47,6 +48,7 @@ def replicate_experts(weight: LoadLike, num_phy: int) -> Replication:
     return _replicate_experts(load, num_phy=num_phy)
 
 
+@by_layers
 @partial(jax.jit, static_argnames="num_phy")
 def _replicate_experts(weight: Float[Array, "L E"], *, num_phy: int) -> Replication:
     load = sanitised(weight)

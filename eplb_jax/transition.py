@@ -11,6 +11,7 @@ from jax.core import Tracer
 from jaxtyping import Array, Int32, Int64
 
 from eplb_jax.packing.lanes import first_equal
+from eplb_jax.sharding import by_layers
 from eplb_jax.types import Placement
 from eplb_jax.validation import LoadLike, as_count, as_experts, check_divides
 
@@ -105,6 +106,7 @@ class _Sources(NamedTuple):
     sent: Int32[Array, " G"]
 
 
+@by_layers
 @partial(jax.jit, static_argnames=("num_gpus", "num_nodes"))
 def _moves(
     old: Int32[Array, "L R"], new: Int32[Array, "L R"], *, num_gpus: int, num_nodes: int

@@ -44,9 +44,14 @@ class Replication(NamedTuple):
 class Placement(NamedTuple):
     """A plan: which expert every physical slot holds.
 
-    ``log2phy`` lists the slots of every expert in the order of their rank, padded with -1.
+    ``log2phy`` lists the slots of every expert in the order of their rank, padded with -1. The
+    plan of one layer is the same without the axis L.
     """
 
-    phy2log: Int32[Array, "L R"]
-    log2phy: Int32[Array, "L E X"]
-    logcnt: Int32[Array, "L E"]
+    phy2log: Int32[Array, "*L R"]
+    log2phy: Int32[Array, "*L E X"]
+    logcnt: Int32[Array, "*L E"]
+
+    def layer(self, index: int | Array) -> "Placement":
+        """The plan of one layer, as `lax.scan` over a plan hands it to its step."""
+        return Placement(*(x[index] for x in self))

@@ -11,6 +11,7 @@ from numpy.typing import ArrayLike
 from eplb_jax.packing.lanes import MAX_ITEMS, along, inverse, take_rows
 from eplb_jax.packing.search import packs
 from eplb_jax.packing.strategy import Strategy, resolve
+from eplb_jax.sharding import by_layers
 from eplb_jax.types import Packing
 from eplb_jax.validation import (
     LoadLike,
@@ -80,6 +81,7 @@ def check_size(num_items: int, num_packs: int) -> None:
     check_divides("num_packs", num_packs, "number of items", num_items)
 
 
+@by_layers
 @partial(jax.jit, static_argnames=("num_packs", "strategy"))
 def _balanced_packing(
     weight: Float[Array, "L n"],

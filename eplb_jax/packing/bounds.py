@@ -29,6 +29,7 @@ from jaxtyping import Array, Float
 
 from eplb_jax.packing.balanced import check_size
 from eplb_jax.replication import replicate
+from eplb_jax.sharding import by_layers
 from eplb_jax.validation import LoadLike, as_count, as_load, check_multiple
 
 
@@ -59,6 +60,7 @@ def packing_bound(weight: LoadLike, num_packs: int) -> Float[Array, " L"]:
     return _packing_bound(load, num_packs=num_packs)
 
 
+@by_layers
 @partial(jax.jit, static_argnames="num_packs")
 def _packing_bound(weight: Float[Array, "L n"], *, num_packs: int) -> Float[Array, " L"]:
     return jax.vmap(lambda x: _bound_of_layer(x, num_packs))(weight)
@@ -133,6 +135,7 @@ def plan_bound(load: LoadLike, num_replicas: int, num_gpus: int) -> Float[Array,
     return _plan_bound(array, num_replicas=num_replicas, num_gpus=num_gpus)
 
 
+@by_layers
 @partial(jax.jit, static_argnames=("num_replicas", "num_gpus"))
 def _plan_bound(
     load: Float[Array, "L E"], *, num_replicas: int, num_gpus: int

@@ -1,0 +1,246 @@
+"""Weights that follow a plan: from slots to slots, and between slots and checkpoints."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+from jax.sharding import Mesh, PartitionSpec
+from jaxtyping import Array, Bool, Int32, PyTree
+
+from eplb_jax.placement import check_placement
+from eplb_jax.runtime.counting import AxisName
+from eplb_jax.runtime.layout import Layout, layout_of
+from eplb_jax.transition import moves
+from eplb_jax.types import Placement
+from eplb_jax.validation import check_divides
+
+
+class Relocated(NamedTuple):
+    """Weights, and the plan that they follow."""
+
+    params: PyTree[Array]
+    placement: Placement
+
+
+def relocate(
+    params: PyTree[Array],
+    old: Placement,
+    new: Placement,
+    mesh: Mesh,
+    axis_name: AxisName = "expert",
+    *,
+    specs: PyTree[PartitionSpec] | None = None,
+    ragged: bool = False,
+    num_nodes: int = 1,
+) -> Relocated:
+    """Move weights, in slot order and sharded over a mesh axis, from one plan to another.
+
+    Every slot ends up with the row of the expert that `new` gives it, bit for bit, in all leaves
+    alike: give the optimizer's state along with the weights. Rows that stay on their device are
+    copied there; others go by two all-to-alls of one row a round and device, as many rounds as the
+    busiest device has rows to send and to fetch (`transport`): at most 2 (G - 1) / G rows a round
+    leave a device, no table is gathered, layers without change do not even copy, and another
+    plan does not compile anything anew. Extra memory is two tables of one layer.
+
+    Layers whose plan stays move nothing, so that work is spread over steps by plans in which only
+    some layers are new: see `some_layers`. Under `jax.jit` with `params` donated, weights are
+    replaced in place.
+
+    Args:
+        params: Leaves [L, R, ...], or [R, ...] for the plan of one layer: a layer's slots in order,
+            slot s on device s // (R / G) of the axis. All of one R.
+        old: The plan in place.
+        new: The plan to come, for as many layers, slots and experts.
+        mesh: Where params lie, or are to lie.
+        axis_name: The mesh axis, or axes, over which slots are sharded; G is its size.
+        specs: The `PartitionSpec` of every leaf, or of all below a node of the tree. None: the one
+            that an array has on this mesh, where it can be seen, else slots over `axis_name` and
+            nothing else sharded.
+        ragged: Rows go from slot to slot by one ragged all-to-all: no more bytes than
+            `eplb_jax.moves` says, and between the GPUs that it says. On GPUs and TPUs; XLA has no
+            such operation on a CPU, so the tests run a model of it, and it has run on neither.
+        num_nodes: For ragged: N; a row comes from its own node where that has the expert.
+
+    Returns:
+        The weights, and the plan that they follow now: `new`. Inside `jit`, where values cannot be
+        refused, layers in which `new` is no plan, or `old` lacks an expert, stay as they are,
+        and their plan is `old`: weights and plan never part.
+
+    Raises:
+        TypeError: A plan is not a `Placement`.
+        ValueError: Before anything moves: `new` lacks an expert, lists a slot twice or has maps
+            that contradict each other; plans or leaves are of other shapes; slots are not
+            sharded over `axis_name` or do not divide by its size.
+
+    Example:
+        >>> import eplb_jax
+        >>> mesh = jax.make_mesh((1,), ("expert",))
+        >>> old = eplb_jax.rebalance_experts([[9, 3, 2, 1]], 4, 1, 1, 1)
+        >>> new = eplb_jax.rebalance_experts([[1, 2, 3, 9]], 4, 1, 1, 1)
+        >>> weights = {"up": old.phy2log * 10}  # the row of expert e is 10 e
+        >>> moved, plan = relocate(weights, old, new, mesh)
+        >>> bool((moved["up"] == plan.phy2log * 10).all())
+        True
+    """
+    _check(old, "old")
+    _check(new, "new")
+    for name, x, y in zip(Placement._fields, old, new, strict=True):
+        if x.shape != y.shape:
+            raise ValueError(f"{name} of new has the shape {y.shape}, but that of old {x.shape}")
+    valid = _is_plan(old) & _is_plan(new)
+    plan = some_layers(old, new, valid)
+    changes = jnp.any(old.phy2log != plan.phy2log, axis=-1)
+    layout = slot_layout(params, old, mesh, axis_name, specs)
+    source = None
+    if ragged:
+        held, wanted = (jnp.atleast_2d(x.phy2log) for x in (old, plan))
+        source = moves(held, wanted, layout.num_gpus, num_nodes).source.reshape(old.phy2log.shape)
+    maps = old.phy2log, plan.phy2log, changes, old.logcnt.shape[-1]
+    leaves = layout.carried(jax.tree.leaves(params), *maps, source=source)
+    return Relocated(jax.tree.unflatten(layout.tree, leaves), plan)
+
+
+def some_layers(old: Placement, new: Placement, layers: Bool[Array, "*L"]) -> Placement:
+    """The plan that is `new` in these layers and `old` in all others.
+
+    To move a few layers a step, in the order that `decide` gives: ``relocate(params, plan,
+    some_layers(plan, new, chosen), mesh)``, with the layers chosen as an array of booleans.
+    """
+    layers = jnp.asarray(layers)
+    choose = lambda x, y: jnp.where(jnp.expand_dims(layers, range(layers.ndim, x.ndim)), y, x)  # noqa: E731
+    return Placement(*(choose(x, y) for x, y in zip(old, new, strict=True)))
+
+
+def to_slots(
+    logical: PyTree[Array | np.ndarray],
+    placement: Placement,
+    mesh: Mesh,
+    axis_name: AxisName = "expert",
+    *,
+    specs: PyTree[PartitionSpec] | None = None,
+) -> PyTree[Array]:
+    """Weights in slot order, from one row per logical expert, as checkpoints have them.
+
+    NumPy arrays are read row by row where they are needed, and no device talks to another. JAX
+    arrays are sharded over `axis_name`, experts in order, where its size divides E, and on all
+    devices alike where it does not. Differentiable: the gradient of an expert is the sum over its
+    slots. Arguments and errors are those of `relocate`, with leaves [L, E, ...] or [E, ...].
+
+    Example:
+        >>> import eplb_jax
+        >>> plan = eplb_jax.rebalance_experts([[9, 3, 2, 1]], 6, 1, 1, 1)
+        >>> mesh = jax.make_mesh((1,), ("expert",))
+        >>> slots = to_slots({"up": jnp.arange(4)[None] * 10}, plan, mesh)["up"]
+        >>> bool((slots == plan.phy2log * 10).all())
+        True
+    """
+    _check(placement, "placement")
+    shape = placement.logcnt.shape
+    layout = layout_of(logical, shape, mesh, axis_name, specs)
+    check_divides("size of axis_name", layout.num_gpus, "slots", placement.phy2log.shape[-1])
+    leaves = jax.tree.leaves(logical)
+    if any(isinstance(x, np.ndarray) for x in leaves):
+        leaves = layout.read([np.asarray(x) for x in leaves], np.asarray(placement.phy2log))
+    elif shape[-1] % layout.num_gpus:
+        leaves = layout.taken(leaves, placement.phy2log)
+    else:
+        leaves = _copied_out(leaves, placement, layout)
+    return jax.tree.unflatten(layout.tree, leaves)
+
+
+def _copied_out(leaves: list[Array], placement: Placement, layout: Layout) -> list[Array]:
+    """Rows of logical tables in slot order; backwards, sums over the slots of an expert."""
+    experts, every = _all_experts(placement)
+    num_experts = experts.shape[-1]
+
+    @jax.custom_vjp
+    def copied(leaves: list[Array], slots: Int32[Array, "*L R"]) -> list[Array]:
+        return layout.carried(leaves, experts, slots, every, num_experts)
+
+    def forward(leaves: list[Array], slots: Array) -> tuple[list[Array], Array]:
+        return copied(leaves, slots), slots
+
+    def backward(slots: Array, grads: list[Array]) -> tuple[list[Array], None]:
+        return layout.carried(grads, slots, experts, every, num_experts, add=True), None
+
+    copied.defvjp(forward, backward)
+    return copied(leaves, placement.phy2log)
+
+
+def to_logical(
+    params: PyTree[Array],
+    placement: Placement,
+    mesh: Mesh,
+    axis_name: AxisName = "expert",
+    *,
+    specs: PyTree[PartitionSpec] | None = None,
+) -> PyTree[Array]:
+    """One row per logical expert, as checkpoints have them, from weights in slot order.
+
+    The inverse of `to_slots`, and independent of any plan; experts are sharded over `axis_name` in
+    order where its size divides E, and lie on all devices where it does not. Arguments and errors
+    are those of `relocate`.
+    """
+    _check(placement, "placement")
+    layout = slot_layout(params, placement, mesh, axis_name, specs)
+    leaves, experts = jax.tree.leaves(params), _all_experts(placement)
+    if placement.logcnt.shape[-1] % layout.num_gpus:
+        leaves = layout.gathered(leaves, placement.log2phy[..., 0])
+    else:
+        num_experts = placement.logcnt.shape[-1]
+        leaves = layout.carried(leaves, placement.phy2log, *experts, num_experts)
+    return jax.tree.unflatten(layout.tree, leaves)
+
+
+def slot_layout(
+    params: PyTree[Array],
+    placement: Placement,
+    mesh: Mesh,
+    axis_name: AxisName,
+    specs: PyTree[PartitionSpec] | None,
+) -> Layout:
+    """The layout of weights in slot order, checked."""
+    layout = layout_of(params, placement.phy2log.shape, mesh, axis_name, specs)
+    check_divides("size of axis_name", layout.num_gpus, "slots", placement.phy2log.shape[-1])
+    return layout
+
+
+def _all_experts(placement: Placement) -> tuple[Int32[Array, "*L E"], Bool[Array, "*L"]]:
+    """Logical order as a layout, and every layer."""
+    shape = placement.logcnt.shape
+    experts = jnp.arange(shape[-1], dtype=jnp.int32)
+    return jnp.broadcast_to(experts, shape), jnp.ones(shape[:-1], bool)
+
+
+def _check(plan: Placement, name: str) -> None:
+    """Raise unless it is a plan, as far as that can be seen."""
+    if not isinstance(plan, Placement):
+        raise TypeError(f"{name} must be a Placement, of rebalance_experts, got {plan!r}")
+    if any(isinstance(x, Tracer) for x in plan):
+        return
+    whole = plan if plan.logcnt.ndim > 1 else Placement(*(x[None] for x in plan))
+    try:
+        check_placement(whole)
+    except ValueError as error:
+        raise ValueError(f"{name} is no plan: {error}") from None
+
+
+def _is_plan(plan: Placement) -> Bool[Array, "*L"]:
+    """What `check_placement` checks, layer by layer, of values that cannot be seen."""
+    num_slots, most = plan.phy2log.shape[-1], plan.log2phy.shape[-1]
+
+    def is_plan(phy2log: Array, log2phy: Array, logcnt: Array) -> Array:
+        num_experts = logcnt.shape[0]
+        known = (phy2log >= 0) & (phy2log < num_experts)
+        count = jnp.zeros(num_experts, jnp.int32).at[phy2log].add(known, mode="drop")
+        listed = jnp.arange(most) < logcnt[:, None]
+        right = (log2phy >= 0) == listed
+        right &= ~listed | (phy2log[log2phy] == jnp.arange(num_experts)[:, None])
+        times = jnp.zeros(num_slots, jnp.int32)
+        times = times.at[jnp.where(listed, log2phy, num_slots)].add(1, mode="drop")
+        fits = jnp.all(known) & jnp.all(count > 0) & jnp.all(count == logcnt)
+        return fits & jnp.all(right) & jnp.all(times == 1)
+
+    return is_plan(*plan) if plan.logcnt.ndim == 1 else jax.vmap(is_plan)(*plan)

@@ -1,0 +1,258 @@
+"""From the experts that a router chose to the slots that hold them."""
+
+from functools import partial
+from typing import Any, Literal, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int, Int32, Key
+
+from eplb_jax.runtime.counting import AxisName
+from eplb_jax.sharding import by_layers, spec_of, under_auto
+from eplb_jax.types import Placement
+from eplb_jax.validation import as_count, check_divides
+
+Choice = Literal["occurrence", "token", "random", "source", "split"]
+"""How `to_physical` picks one of an expert's replicas."""
+
+_NEEDS = {"random": ("key",), "source": ("table", "source"), "split": ("split",)}
+
+
+def to_physical(
+    ids: Int[Array, "tokens k"],
+    layer: Placement,
+    choice: Choice = "occurrence",
+    *,
+    key: Key[Array, ""] | None = None,
+    table: Int32[Array, "E G"] | None = None,
+    source: int | Int32[Array, ""] | None = None,
+    split: Float[Array, " R"] | None = None,
+    axis_name: AxisName | None = None,
+) -> Int32[Array, "tokens k"]:
+    """The slot that every routed token goes to: the one line between a router and its dispatch.
+
+    After it slots are what experts were: count them, sort by them, and multiply by weights in slot
+    order. Whatever else a model makes of the router's ids, such as a load-balancing loss or a
+    router's bias, stays with `ids`.
+
+    ============  ================================================  ==========================
+    choice        replica                                           evenness
+    ============  ================================================  ==========================
+    "occurrence"  how often the expert came before in ids, modulo   a token of even
+                  its replicas; a sort of ids
+    "token"       number of the token, modulo replicas; no cost     as random, nearly
+    "random"      drawn with `key`                                  as random
+    "source"      ``table[expert, source]``, see `nearest`; no      of sources, not of tokens
+                  cost, and most local
+    "split"       shares of `split`, see `split_load`; a sort       a token of the shares
+    ============  ================================================  ==========================
+
+    All but "split" and "source" split an expert's tokens evenly over its replicas, as plans
+    suppose. `benchmarks/routing.py` measures all of them.
+
+    Args:
+        ids: Logical experts, below E; negative ones, which mark padding, stay as they are.
+        layer: The plan of this layer, ``plan.layer(i)``. Its maps are arrays: another plan does
+            not compile anything anew.
+        choice: One of the above.
+        key: For "random"; another for every layer and step.
+        table: For "source": what `nearest` says of this layer.
+        source: For "source": the GPU that these tokens lie on, inside `jax.shard_map` its
+            `lax.axis_index`. Given with "occurrence" or "token", replicas are counted from there
+            on, so that not every GPU begins with the first.
+        split: For "split": the share of every slot in the load of its expert.
+        axis_name: For "occurrence" and "split", inside `jax.shard_map`: count tokens over these
+            mesh axes, not on every device alone. Costs an all-gather of the counts of E experts.
+
+    Returns:
+        Slots, int32, of the shape of ids.
+
+    Raises:
+        TypeError: ids are not whole numbers.
+        ValueError: The choice is not known or lacks an argument, or the plan is of many layers.
+
+    Example:
+        >>> import eplb_jax
+        >>> plan = eplb_jax.rebalance_experts([[90, 30, 20, 10]], 6, 1, 1, 3)
+        >>> ids = jnp.array([[0, 1], [0, 3], [0, 2], [-1, -1]])
+        >>> plan.layer(0).log2phy[0].tolist(), to_physical(ids, plan.layer(0)).tolist()
+        ([2, 0, -1], [[2, 4], [0, 3], [2, 5], [-1, -1]])
+    """
+    if choice not in get_args(Choice):
+        known = ", ".join(get_args(Choice))
+        raise ValueError(f"choice={choice!r} is not known; choose one of {known}")
+    given = {"key": key, "table": table, "source": source, "split": split}
+    for name in _NEEDS.get(choice, ()):
+        if given[name] is None:
+            raise ValueError(f"choice={choice!r} needs {name}=")
+    if layer.logcnt.ndim != 1:
+        raise ValueError(
+            f"layer is a plan of shape {layer.phy2log.shape}; give that of one layer: plan.layer(i)"
+        )
+    ids = jnp.asarray(ids)
+    if not jnp.issubdtype(ids.dtype, jnp.integer):
+        raise TypeError(f"ids must be whole numbers, got dtype {ids.dtype}")
+
+    def slots(ids: Array, layer: Placement, given: dict) -> Array:
+        slot = _slots(ids, layer, choice, axis_name, given)
+        return jnp.where(ids < 0, ids.astype(jnp.int32), slot)
+
+    return under_auto(slots, spec_of(ids), ids, layer, given)
+
+
+def _slots(
+    ids: Int[Array, "tokens k"],
+    layer: Placement,
+    choice: Choice,
+    axis_name: AxisName | None,
+    given: dict[str, Any],
+) -> Int32[Array, "tokens k"]:
+    expert = jnp.maximum(ids.astype(jnp.int32), 0)
+    if choice == "source":
+        return given["table"][expert, given["source"]]
+    if choice == "split":
+        return _shared_out(ids, layer, given["split"], axis_name)
+    count = layer.logcnt[expert]
+    if choice == "random":
+        drawn = jax.random.uniform(given["key"], ids.shape) * count.astype(jnp.float32)
+        return layer.log2phy[expert, jnp.minimum(drawn.astype(jnp.int32), count - 1)]
+    number = jnp.arange(ids.shape[0], dtype=jnp.int32)[:, None]
+    if choice == "occurrence":
+        number = _occurrence(ids, layer.logcnt.shape[0], axis_name)
+    first = 0 if given["source"] is None else given["source"]
+    return layer.log2phy[expert, (number + first) % count]
+
+
+class _Sorted(NamedTuple):
+    """Routed tokens by expert, padding last."""
+
+    expert: Int32[Array, " n"]
+    place: Int32[Array, " n"]
+    start: Int32[Array, " E+1"]
+    load: Int32[Array, " E+1"]
+
+    def back(self, values: Int32[Array, " n"], shape: tuple[int, ...]) -> Int32[Array, "..."]:
+        """Values in the order of the tokens again."""
+        return jnp.zeros_like(values).at[self.place].set(values).reshape(shape)
+
+
+def _sorted(ids: Int[Array, "tokens k"], num_experts: int) -> _Sorted:
+    expert = jnp.where(ids < 0, num_experts, ids.astype(jnp.int32)).reshape(-1)
+    place = jnp.arange(expert.size, dtype=jnp.int32)
+    count = jnp.zeros(num_experts + 1, jnp.int32).at[expert].add(1)
+    if expert.size * (num_experts + 1) < 2**31:
+        both = jnp.sort(expert * expert.size + place)  # one operand: half the time of two
+        expert = both // max(expert.size, 1)
+        place = both - expert * place.size
+    else:
+        expert, place = lax.sort((expert, place), num_keys=1)
+    return _Sorted(expert, place, jnp.cumsum(count) - count, count)
+
+
+def _counts_elsewhere(
+    count: Int32[Array, " E"], axis_name: AxisName | None
+) -> tuple[Int32[Array, " E"], Int32[Array, " E"]]:
+    """Tokens of every expert on the devices before this one, and on all."""
+    if axis_name is None:
+        return jnp.zeros_like(count), count
+    counts = lax.all_gather(count, axis_name)
+    before = jnp.arange(counts.shape[0]) < lax.axis_index(axis_name)
+    return jnp.sum(jnp.where(before[:, None], counts, 0), axis=0), jnp.sum(counts, axis=0)
+
+
+def _occurrence(
+    ids: Int[Array, "tokens k"], num_experts: int, axis_name: AxisName | None
+) -> Int32[Array, "tokens k"]:
+    """How often the expert of every token came before."""
+    order = _sorted(ids, num_experts)
+    before, _ = _counts_elsewhere(order.load, axis_name)
+    number = jnp.arange(order.place.size, dtype=jnp.int32) - (order.start - before)[order.expert]
+    return order.back(number, ids.shape)
+
+
+def _shared_out(
+    ids: Int[Array, "tokens k"],
+    layer: Placement,
+    split: Float[Array, " R"],
+    axis_name: AxisName | None,
+) -> Int32[Array, "tokens k"]:
+    """Slots by shares: of the tokens of an expert, in order, every slot takes a stretch."""
+    num_slots = layer.phy2log.shape[0]
+    order = _sorted(ids, layer.logcnt.shape[0])
+    before, total = _counts_elsewhere(order.load, axis_name)
+    listed = layer.log2phy >= 0
+    share = jnp.cumsum(jnp.where(listed, split[layer.log2phy], 0), axis=1)
+    # The last slot ends where the expert's tokens do, whatever its shares add up to.
+    whole = jnp.maximum(jnp.take_along_axis(share, layer.logcnt[:, None] - 1, axis=1), 1e-30)
+    ends = jnp.round(share / whole * total[:-1, None].astype(jnp.float32)).astype(jnp.int32)
+    last = jnp.arange(listed.shape[1]) == layer.logcnt[:, None] - 1
+    ends = jnp.where(last, total[:-1, None], ends) - before[:-1, None]
+    # In the order of experts and their slots: how many stretches end at or before a token.
+    ends = order.start[:-1, None] + jnp.clip(ends, 0, order.load[:-1, None])
+    row = jnp.where(listed, ends, order.place.size)
+    passed = jnp.zeros(order.place.size, jnp.int32).at[row].add(1, mode="drop")
+    # Slots in that same order.
+    number = jnp.cumsum(layer.logcnt) - layer.logcnt
+    row = jnp.where(listed, number[:, None] + jnp.arange(listed.shape[1]), num_slots)
+    in_order = jnp.zeros(num_slots, jnp.int32).at[row].set(layer.log2phy, mode="drop")
+    slot = in_order[jnp.minimum(jnp.cumsum(passed), num_slots - 1)]
+    return order.back(slot, ids.shape)
+
+
+def nearest(placement: Placement, num_gpus: int, num_nodes: int = 1) -> Int32[Array, "L E G"]:
+    """The slot to which every GPU sends the tokens of an expert: the nearest replica.
+
+    That on the same GPU; else one on the same node, in turn over the node's other GPUs; else any
+    in turn. GPUs are dealt out to replicas as evenly as that allows, so tokens are even where
+    every GPU routes alike. A second replica on one GPU gets no tokens.
+
+    Args:
+        placement: The plan, of all layers.
+        num_gpus: G; divides R.
+        num_nodes: N; divides G.
+
+    Raises:
+        ValueError: Numbers do not divide.
+
+    Example:
+        >>> import eplb_jax
+        >>> plan = eplb_jax.rebalance_experts([[90, 30, 20, 10]], 6, 1, 1, 3)
+        >>> plan.phy2log.tolist(), nearest(plan, 3)[0, 0].tolist()
+        ([[0, 3, 0, 3, 1, 2]], [0, 2, 0])
+    """
+    num_gpus, num_nodes = as_count("num_gpus", num_gpus), as_count("num_nodes", num_nodes)
+    check_divides("num_gpus", num_gpus, "number of slots", placement.phy2log.shape[-1])
+    check_divides("num_nodes", num_nodes, "num_gpus", num_gpus)
+    return _nearest(placement, num_gpus=num_gpus, num_nodes=num_nodes)
+
+
+@by_layers
+@partial(jax.jit, static_argnames=("num_gpus", "num_nodes"))
+def _nearest(placement: Placement, *, num_gpus: int, num_nodes: int) -> Int32[Array, "L E G"]:
+    num_experts = placement.logcnt.shape[-1]
+
+    def table(phy2log: Int32[Array, " R"]) -> Int32[Array, "E G"]:
+        slot = jnp.arange(phy2log.size, dtype=jnp.int32)
+        gpu = slot // (phy2log.size // num_gpus)
+        on = jnp.full((num_experts, num_gpus), phy2log.size, jnp.int32).at[phy2log, gpu].min(slot)
+        by_node = on.reshape(num_experts, num_nodes, -1)
+        held = by_node < phy2log.size
+        here = jnp.any(held, axis=2, keepdims=True)
+        in_node = _in_turn(by_node, held, ~held)
+        apart = jnp.broadcast_to(~here, held.shape).reshape(on.shape)
+        anywhere = _in_turn(on, held.reshape(on.shape), apart).reshape(held.shape)
+        near = jnp.where(held, by_node, jnp.where(here, in_node, anywhere))
+        return near.reshape(on.shape)
+
+    return jax.vmap(table)(placement.phy2log)
+
+
+def _in_turn(
+    slots: Int32[Array, "... G"], held: Bool[Array, "... G"], asking: Bool[Array, "... G"]
+) -> Int32[Array, "... G"]:
+    """For the GPUs that ask, in order, the slots of those that hold the expert, in turn."""
+    number = jnp.cumsum(asking, axis=-1, dtype=jnp.int32) - 1
+    have = jnp.sum(held, axis=-1, keepdims=True, dtype=jnp.int32)
+    index = jnp.maximum(number, 0) % jnp.maximum(have, 1)
+    return jnp.take_along_axis(jnp.sort(slots, axis=-1), index, axis=-1)

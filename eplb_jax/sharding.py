@@ -1,0 +1,58 @@
+"""Functions of layers on meshes with explicit axes, which JAX makes by default."""
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
+from jaxtyping import Array
+
+Function = TypeVar("Function", bound=Callable)
+
+
+def by_layers(function: Function) -> Function:
+    """Leave to the compiler how a function of layers is partitioned, its results lying by layer.
+
+    On explicit axes JAX wants to be told the sharding of every gather; what is written for a layer
+    and lifted over layers needs none of that. Where there are no explicit axes this does nothing.
+    The layers are the last axis but one of the first array, and the first of every result.
+    """
+
+    @wraps(function)
+    def automatic(*args, **kwargs):
+        first = next(x for x in jax.tree.leaves(args) if getattr(x, "ndim", 0) > 1)
+        layers = spec_of(first)[first.ndim - 2 :][:1]
+        return under_auto(lambda *x: function(*x, **kwargs), PartitionSpec(*layers), *args)
+
+    return automatic  # pyright: ignore[reportReturnType]
+
+
+def under_auto(function: Callable, spec: PartitionSpec, *args: Any) -> Any:
+    """Call a function with explicit axes as automatic ones, and its results lying by `spec`."""
+    mesh = explicit_mesh(*args)
+    if mesh is None:
+        return function(*args)
+    axes = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    explicit = tuple(name for name, kind in axes if kind == AxisType.Explicit)
+    sharding = NamedSharding(mesh, spec)
+    return jax.sharding.auto_axes(function, axes=explicit, out_sharding=sharding)(*args)
+
+
+def explicit_mesh(*args: Any) -> AbstractMesh | None:
+    """The mesh with explicit axes that these arrays lie on, or that is set; None without one."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if AxisType.Explicit in mesh.axis_types:
+        return mesh
+    for array in jax.tree.leaves(args):
+        mesh = jax.typeof(array).sharding.mesh if isinstance(array, jax.Array) else mesh
+        if AxisType.Explicit in mesh.axis_types:
+            return mesh
+    return None
+
+
+def spec_of(array: Array | np.ndarray) -> PartitionSpec:
+    """How an array lies on explicit axes; on no axis elsewhere."""
+    spec = jax.typeof(array).sharding.spec if isinstance(array, jax.Array) else ()
+    return PartitionSpec(*spec, *(None,) * (array.ndim - len(spec)))
