@@ -1,4 +1,4 @@
-"""How balanced a plan is under a load that each expert splits evenly over its replicas."""
+"""How balanced a plan is under a load that experts split over their replicas, evenly or as told."""
 
 from functools import partial
 from typing import NamedTuple
@@ -31,20 +31,28 @@ class Balance(NamedTuple):
     mean_balancedness: Float[Array, ""]
 
 
-def balance(load: LoadLike, placement: Placement, num_gpus: int) -> Balance:
+def balance(
+    load: LoadLike,
+    placement: Placement,
+    num_gpus: int,
+    *,
+    split: Float[Array, "L R"] | None = None,
+) -> Balance:
     """Measure a plan on a load, which need not be the one it was made for.
 
     Args:
         load: [L, E] loads in any unit.
         placement: The plan, for the same layers and experts.
         num_gpus: G; divides the number of slots.
+        split: The share of every slot in the load of its expert, as of `runtime.split_load`; None:
+            all replicas take the same.
 
     Returns:
         GPU loads, imbalance and balancedness.
 
     Raises:
         TypeError: An argument is of the wrong kind.
-        ValueError: Load and plan do not fit, num_gpus does not divide the number of
+        ValueError: Load, plan and split do not fit, num_gpus does not divide the number of
             slots, or a load is NaN, infinite or negative.
 
     Example:
@@ -53,10 +61,16 @@ def balance(load: LoadLike, placement: Placement, num_gpus: int) -> Balance:
         >>> balance([[100, 200]], plan, 2).balancedness.tolist()
         [0.75]
     """
-    return evenness(gpu_loads(load, placement, num_gpus))
+    return evenness(gpu_loads(load, placement, num_gpus, split=split))
 
 
-def gpu_loads(load: LoadLike, placement: Placement, num_gpus: int) -> Float[Array, "L G"]:
+def gpu_loads(
+    load: LoadLike,
+    placement: Placement,
+    num_gpus: int,
+    *,
+    split: Float[Array, "L R"] | None = None,
+) -> Float[Array, "L G"]:
     """The load of every GPU, in the unit of the load. Arguments and errors are those of `balance`.
 
     Example:
@@ -72,7 +86,11 @@ def gpu_loads(load: LoadLike, placement: Placement, num_gpus: int) -> Float[Arra
         )
     num_gpus = as_count("num_gpus", num_gpus)
     check_divides("num_gpus", num_gpus, "number of slots", placement.phy2log.shape[1])
-    return _gpu_loads(array, placement, num_gpus=num_gpus)
+    if split is not None and split.shape != placement.phy2log.shape:
+        raise ValueError(
+            f"split has the shape {split.shape}, but the plan is for {placement.phy2log.shape}"
+        )
+    return _gpu_loads(array, placement, split, num_gpus=num_gpus)
 
 
 def gap(load: LoadLike, placement: Placement, num_gpus: int) -> Float[Array, " L"]:
@@ -95,10 +113,15 @@ def gap(load: LoadLike, placement: Placement, num_gpus: int) -> Float[Array, " L
 @by_layers
 @partial(jax.jit, static_argnames="num_gpus")
 def _gpu_loads(
-    load: Float[Array, "L E"], placement: Placement, *, num_gpus: int
+    load: Float[Array, "L E"],
+    placement: Placement,
+    split: Float[Array, "L R"] | None,
+    *,
+    num_gpus: int,
 ) -> Float[Array, "L G"]:
-    per_replica = load / placement.logcnt.astype(jnp.float32)
+    per_replica = load if split is not None else load / placement.logcnt.astype(jnp.float32)
     per_slot = jnp.take_along_axis(per_replica, placement.phy2log, axis=1)
+    per_slot = per_slot if split is None else per_slot * split
     num_layers, num_slots = per_slot.shape
     by_gpu = per_slot.reshape(num_layers, num_gpus, num_slots // num_gpus)
     return jnp.sum(by_gpu, axis=2)

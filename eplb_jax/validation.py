@@ -43,6 +43,8 @@ def as_load(
     with np.errstate(over="ignore"):
         load = array.astype(np.float32)
     if not isinstance(load, Tracer) and not jax.device_get(_is_valid(load)):
+        if not can_be_seen(load):
+            raise ValueError(f"{name} holds loads that are NaN, infinite or negative")
         bad = np.asarray(jax.device_get(load))
         place = tuple(np.argwhere(~(np.isfinite(bad) & (bad >= 0)))[0])
         where = ", ".join(f"{axis} {i}" for axis, i in zip(axes, place, strict=True))
@@ -86,7 +88,7 @@ def as_experts(
     if array.ndim != 2 or (shape is not None and array.shape != shape):
         wanted = "" if shape is None else f" = {shape}"
         raise ValueError(f"{name} must have the shape [layers, slots]{wanted}, got {array.shape}")
-    if not isinstance(array, Tracer):
+    if can_be_seen(array):
         seen = np.asarray(array)
         most = np.iinfo(np.int32).max if num_experts is None else num_experts - 1
         for layer, slot in np.argwhere((seen < 0) | (seen > most))[:1]:
@@ -95,6 +97,13 @@ def as_experts(
                 f"experts are numbered 0 to {most}"
             )
     return jnp.asarray(array, jnp.int32)
+
+
+def can_be_seen(array: Array | np.ndarray) -> bool:
+    """Whether this process has the values: not of traces, nor of what lies on other hosts alone."""
+    if isinstance(array, Tracer):
+        return False
+    return isinstance(array, np.ndarray) or array.is_fully_addressable or array.is_fully_replicated
 
 
 def lacking(experts: Int[np.ndarray, "L R"], num_experts: int) -> Int[np.ndarray, "k 2"]:
@@ -106,7 +115,7 @@ def lacking(experts: Int[np.ndarray, "L R"], num_experts: int) -> Int[np.ndarray
 
 def check_complete(experts: Int32[Array, "L R"], num_experts: int, name: str) -> None:
     """Raise ValueError if a layer lacks an expert, where that can be seen."""
-    if isinstance(experts, Tracer):
+    if not can_be_seen(experts):
         return
     for layer, expert in lacking(np.asarray(experts), num_experts)[:1]:
         raise ValueError(f"{name} has no slot for expert {expert} in layer {layer}")
@@ -174,19 +183,20 @@ def sanitised(load: Float[Array, "... E"]) -> Float[Array, "... E"]:
 
 
 def normalised(load: Float[Array, "... E"]) -> Float[Array, "... E"]:
-    """Every layer divided by a power of two, which is exact: its largest load lies in [1, 2)."""
+    """Every layer divided by a power of two, which is exact: its largest load lies in [1, 4)."""
     return _scaled(load, -1)
 
 
 def all_normalised(windows: Float[Array, "L T E"]) -> Float[Array, "L T E"]:
-    """The windows of a layer divided by one power of two: their largest load lies in [1, 2)."""
+    """The windows of a layer divided by one power of two: their largest load lies in [1, 4)."""
     return _scaled(windows, (-2, -1))
 
 
 def _scaled(load: Array, axis: int | tuple[int, ...]) -> Array:
     largest = jnp.max(load, axis=axis, keepdims=True, initial=0)
     exponent = lax.bitcast_convert_type(largest, jnp.int32) & 0x7F800000
-    power = lax.bitcast_convert_type(exponent, jnp.float32)
+    # XLA multiplies by the inverse, and that of 2^127 is not a normal number: zero.
+    power = jnp.minimum(lax.bitcast_convert_type(exponent, jnp.float32), 2.0**126)
     return load / jnp.where(power > 0, power, 1)
 
 

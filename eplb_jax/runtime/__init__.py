@@ -25,5 +25,6 @@ from eplb_jax.runtime.relocation import to_logical as to_logical
 from eplb_jax.runtime.relocation import to_slots as to_slots
 from eplb_jax.runtime.routing import nearest as nearest
 from eplb_jax.runtime.routing import to_physical as to_physical
+from eplb_jax.runtime.splitting import split_load as split_load
 from eplb_jax.runtime.training import counted_once as counted_once
 from eplb_jax.runtime.training import sum_replicas as sum_replicas

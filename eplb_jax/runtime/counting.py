@@ -46,6 +46,7 @@ def load_of_ids(
     ids = jnp.asarray(ids)
     if not jnp.issubdtype(ids.dtype, jnp.integer):
         raise TypeError(f"ids must be whole numbers, got dtype {ids.dtype}")
+    ids = ids.astype(jnp.int32)  # num_experts need not fit in a smaller type
     counted = (ids >= 0) & (ids < num_experts)
     if mask is not None:
         mask = jnp.asarray(mask, bool)
@@ -57,8 +58,7 @@ def load_of_ids(
         counted &= mask if mask.shape == ids.shape else mask[..., None]
 
     def count(ids: Array, counted: Array) -> Array:
-        # Small types cannot name the row past the last, where all that is not counted goes.
-        row = jnp.where(counted, ids.astype(jnp.int32), num_experts)
+        row = jnp.where(counted, ids, num_experts)  # past the last
         return jnp.zeros(num_experts, jnp.int32).at[row].add(1, mode="drop")
 
     load = under_auto(count, PartitionSpec(), ids, counted)

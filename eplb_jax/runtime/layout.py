@@ -52,9 +52,7 @@ class Layout:
         add: bool = False,
     ) -> list[Array]:
         """Leaves of the rows that are wanted, of those held: see `transported`."""
-        maps = jax.tree.map(
-            lambda x: self._put(jnp.asarray(x), PartitionSpec()), (held, wanted, changes, source)
-        )
+        maps = jax.tree.map(self.everywhere, (held, wanted, changes, source))
         return transported(
             [self._put(x, spec) for x, spec in zip(leaves, self.specs, strict=True)],
             *maps,
@@ -111,6 +109,10 @@ class Layout:
             function, mesh=self.mesh, in_specs=specs, out_specs=list(outs), check_vma=False
         )
         return jax.jit(mapped)(leaves, self._put(jnp.asarray(row), ins[1]))
+
+    def everywhere(self, array: Array | np.ndarray) -> Array:
+        """The same array on every device."""
+        return self._put(jnp.asarray(array), PartitionSpec())
 
     def _put(self, array: Array, spec: PartitionSpec) -> Array:
         """The array where it is to lie, on meshes with automatic or with explicit axes."""

@@ -5,7 +5,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Int32, PyTree
 
@@ -14,7 +13,7 @@ from eplb_jax.runtime.counting import AxisName
 from eplb_jax.runtime.layout import Layout, layout_of
 from eplb_jax.transition import moves
 from eplb_jax.types import Placement
-from eplb_jax.validation import check_divides
+from eplb_jax.validation import can_be_seen, check_divides
 
 
 class Relocated(NamedTuple):
@@ -44,6 +43,10 @@ def relocate(
     leave a device, no table is gathered, layers without change do not even copy, and another
     plan does not compile anything anew. Extra memory is two tables of one layer.
 
+    The plan that comes back lies on the mesh, and so should the first one,
+    ``jax.device_put(plan, NamedSharding(mesh, PartitionSpec()))``, or the second call compiles
+    once more. Inside the caller's `jax.shard_map` a plan is an argument, with `PartitionSpec()`.
+
     Layers whose plan stays move nothing, so that work is spread over steps by plans in which only
     some layers are new: see `some_layers`. Under `jax.jit` with `params` donated, weights are
     replaced in place.
@@ -64,9 +67,9 @@ def relocate(
         num_nodes: For ragged: N; a row comes from its own node where that has the expert.
 
     Returns:
-        The weights, and the plan that they follow now: `new`. Inside `jit`, where values cannot be
-        refused, layers in which `new` is no plan, or `old` lacks an expert, stay as they are,
-        and their plan is `old`: weights and plan never part.
+        The weights, and the plan that they follow now: `new`. Inside `jit`, and where plans lie on
+        other hosts, values cannot be seen and refused: layers in which one of them is no plan stay
+        as they are, and their plan is `old`. Weights and plan never part.
 
     Raises:
         TypeError: A plan is not a `Placement`.
@@ -89,10 +92,10 @@ def relocate(
     for name, x, y in zip(Placement._fields, old, new, strict=True):
         if x.shape != y.shape:
             raise ValueError(f"{name} of new has the shape {y.shape}, but that of old {x.shape}")
-    valid = _is_plan(old) & _is_plan(new)
-    plan = some_layers(old, new, valid)
-    changes = jnp.any(old.phy2log != plan.phy2log, axis=-1)
     layout = slot_layout(params, old, mesh, axis_name, specs)
+    old, new = (Placement(*(layout.everywhere(x) for x in plan)) for plan in (old, new))
+    plan = some_layers(old, new, _is_plan(old) & _is_plan(new))
+    changes = jnp.any(old.phy2log != plan.phy2log, axis=-1)
     source = None
     if ragged:
         held, wanted = (jnp.atleast_2d(x.phy2log) for x in (old, plan))
@@ -218,7 +221,7 @@ def _check(plan: Placement, name: str) -> None:
     """Raise unless it is a plan, as far as that can be seen."""
     if not isinstance(plan, Placement):
         raise TypeError(f"{name} must be a Placement, of rebalance_experts, got {plan!r}")
-    if any(isinstance(x, Tracer) for x in plan):
+    if not all(can_be_seen(x) for x in plan):
         return
     whole = plan if plan.logcnt.ndim > 1 else Placement(*(x[None] for x in plan))
     try:
@@ -234,7 +237,8 @@ def _is_plan(plan: Placement) -> Bool[Array, "*L"]:
     def is_plan(phy2log: Array, log2phy: Array, logcnt: Array) -> Array:
         num_experts = logcnt.shape[0]
         known = (phy2log >= 0) & (phy2log < num_experts)
-        count = jnp.zeros(num_experts, jnp.int32).at[phy2log].add(known, mode="drop")
+        one = known.astype(jnp.int32)
+        count = jnp.zeros(num_experts, jnp.int32).at[phy2log].add(one, mode="drop")
         listed = jnp.arange(most) < logcnt[:, None]
         right = (log2phy >= 0) == listed
         right &= ~listed | (phy2log[log2phy] == jnp.arange(num_experts)[:, None])

@@ -16,6 +16,7 @@ from eplb_jax.validation import as_count, check_divides
 Choice = Literal["occurrence", "token", "random", "source", "split"]
 """How `to_physical` picks one of an expert's replicas."""
 
+_ONE_OPERAND = 2**31  # tokens x experts below this are sorted in half the time
 _NEEDS = {"random": ("key",), "source": ("table", "source"), "split": ("split",)}
 
 
@@ -141,8 +142,8 @@ def _sorted(ids: Int[Array, "tokens k"], num_experts: int) -> _Sorted:
     expert = jnp.where(ids < 0, num_experts, ids.astype(jnp.int32)).reshape(-1)
     place = jnp.arange(expert.size, dtype=jnp.int32)
     count = jnp.zeros(num_experts + 1, jnp.int32).at[expert].add(1)
-    if expert.size * (num_experts + 1) < 2**31:
-        both = jnp.sort(expert * expert.size + place)  # one operand: half the time of two
+    if expert.size * (num_experts + 1) < _ONE_OPERAND:
+        both = jnp.sort(expert * expert.size + place)
         expert = both // max(expert.size, 1)
         place = both - expert * place.size
     else:

@@ -194,7 +194,8 @@ def _carried(
     num_gpus, me = route.held.shape[0], lax.axis_index(axis_name)
     shape = table.shape[1:]
     chunk = -(-math.prod(shape) // num_gpus)
-    wide = jnp.promote_types(table.dtype, jnp.float32) if add else table.dtype
+    narrow = jnp.issubdtype(table.dtype, jnp.floating) and table.dtype.itemsize < 4
+    wide = jnp.dtype(jnp.float32) if add and narrow else table.dtype
 
     def spread(number: Array, store: Array) -> Array:
         slot = route.send[:, number]

@@ -1,0 +1,134 @@
+"""Loads counted in a running model, against NumPy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from eplb_jax import runtime
+
+IDS = np.random.default_rng(0).integers(0, 12, (64, 4))
+WANTED = np.bincount(IDS.ravel(), minlength=16)
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.uint8, np.int8])
+def test_counts_of_ids(dtype):
+    load = jax.jit(runtime.load_of_ids, static_argnums=1)(IDS.astype(dtype), 16)
+    np.testing.assert_array_equal(load, WANTED)
+    assert load.dtype == jnp.int32
+
+
+def test_padding_counts_for_nothing():
+    live = np.arange(64) % 3 > 0
+    wanted = np.bincount(IDS[live].ravel(), minlength=16)
+    # As padding looks in different stacks: masked tokens, masked entries, negative and excess ids.
+    entries = np.repeat(live[:, None], 4, axis=1)
+    for ids, mask in [
+        (IDS, live),
+        (IDS, entries),
+        (np.where(entries, IDS, -1), None),
+        (np.where(entries, IDS, 16), None),
+        (np.where(entries, IDS, 2**31 - 1), None),
+    ]:
+        load = runtime.load_of_ids(ids, 16, mask=mask)
+        np.testing.assert_array_equal(load, wanted)
+
+
+def test_uint8_ids_of_256_experts_have_room_for_padding():
+    ids = np.array([[255, 3]], np.uint8)
+    load = runtime.load_of_ids(ids, 256, mask=np.array([[True, False]]))
+    assert load.sum() == load[255] == 1
+
+
+def test_physical_ids_and_slot_counts_become_logical():
+    phy2log = jnp.array([[0, 1, 2, 0, 1, 0], [2, 2, 1, 0, 1, 0]])
+    slots = np.random.default_rng(1).integers(0, 6, (50, 2))
+    for layer in phy2log:
+        wanted = np.bincount(np.asarray(layer)[slots].ravel(), minlength=3)
+        np.testing.assert_array_equal(runtime.load_of_slots(slots, layer, 3), wanted)
+    counts = jnp.array([[1, 2, 3, 4, 5, 6], [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]], jnp.float32)
+    load = jax.jit(runtime.load_of_counts, static_argnums=2)(counts, phy2log, 3)
+    np.testing.assert_array_equal(load, [[11, 7, 3], [10, 8, 3]])
+
+
+def test_counts_are_summed_over_mesh_axes():
+    mesh = jax.make_mesh((4, 2), ("data", "expert"))
+    axes = ("data", "expert")
+    count = lambda ids: runtime.load_of_ids(ids, 16, axis_name=axes)  # noqa: E731
+    spread = jax.device_put(IDS.astype(np.int32), jax.NamedSharding(mesh, P(axes)))
+    load = jax.jit(jax.shard_map(count, mesh=mesh, in_specs=P(axes), out_specs=P()))(spread)
+    np.testing.assert_array_equal(load, WANTED)
+
+
+def test_history_keeps_the_last_windows():
+    loads = np.random.default_rng(2).integers(0, 9, (10, 2, 3)).astype(np.int32)
+    past = runtime.history(3, 2, 3)
+    step = jax.jit(runtime.recorded, static_argnums=2, donate_argnums=0)
+    for load in loads:
+        past = step(past, load, 2)
+    np.testing.assert_array_equal(past.windows, loads.reshape(5, 2, 2, 3).sum(axis=1)[2:])
+    past = step(past, loads[0], 2)
+    np.testing.assert_array_equal(past.current, loads[0])
+    assert step._cache_size() == 1
+
+
+def test_history_neither_overflows_nor_stalls():
+    """A float32 sum alone would stop at 2^24, an int32 one wrap at 2^31."""
+    steps, huge = 300, 2**25
+    past, add = runtime.history(1, 1, 2), jax.jit(runtime.recorded, static_argnums=2)
+    for _ in range(steps):
+        past = add(past, jnp.array([[huge, 1]], jnp.int32), steps)
+    np.testing.assert_allclose(past.windows[0, 0], [steps * huge, steps], rtol=1e-7)
+    past = runtime.history(1, 1, 1)
+    past = add(past, jnp.array([[2.0**24]]), 2**30)
+    many = jax.jit(
+        lambda x: jax.lax.fori_loop(0, 1000, lambda _, y: add(y, jnp.ones((1, 1)), 2**30), x)
+    )
+    total = many(past)
+    assert float(total.current[0, 0] + total.rest[0, 0]) == 2**24 + 1000
+
+
+def test_a_fresh_history_plans_as_if_those_windows_were_not_there():
+    import eplb_jax
+
+    load = np.random.default_rng(3).lognormal(size=(1, 8)).astype(np.float32)
+    past = runtime.recorded(runtime.history(3, 1, 8), jnp.asarray(load))
+    plan = eplb_jax.rebalance_experts(past.windows, 12, 1, 1, 4, strategy="fast")
+    alone = eplb_jax.rebalance_experts(
+        np.stack([0 * load, 0 * load, load]), 12, 1, 1, 4, strategy="fast"
+    )
+    np.testing.assert_array_equal(plan.phy2log, alone.phy2log)
+    assert eplb_jax.metrics.balance(load, plan, 4).imbalance[0] < 0.2
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "says"),
+    [
+        (lambda: runtime.load_of_ids(jnp.ones((2, 2)), 4), TypeError, "ids must be whole"),
+        (
+            lambda: runtime.load_of_ids(IDS, 4, mask=np.ones(3, bool)),
+            ValueError,
+            r"mask must have the shape of ids, \(64, 4\), or of its tokens, \(64,\), got \(3,\)",
+        ),
+        (lambda: runtime.load_of_ids(IDS, 0), ValueError, "num_experts=0"),
+        (
+            lambda: runtime.load_of_counts(jnp.ones(3), jnp.zeros(4, jnp.int32), 2),
+            ValueError,
+            r"counts have the shape \(3,\), but phy2log \(4,\)",
+        ),
+        (
+            lambda: runtime.recorded(runtime.history(1, 2, 3), jnp.ones((3, 2))),
+            ValueError,
+            r"load has the shape \(3, 2\), the history's \(2, 3\)",
+        ),
+        (
+            lambda: runtime.recorded(runtime.history(1, 2, 3), jnp.ones((2, 3)), 0),
+            ValueError,
+            "steps_per_window=0",
+        ),
+    ],
+)
+def test_errors(call, error, says):
+    with pytest.raises(error, match=says):
+        call()

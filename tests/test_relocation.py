@@ -1,0 +1,292 @@
+"""Weights that follow plans over eight devices: where they lie, what moves, what is refused."""
+
+import re
+import warnings
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import eplb_jax
+from eplb_jax import runtime
+from eplb_jax.types import Placement
+from tests.helpers import lognormal
+
+L, E, R, G = 3, 32, 40, 8
+RNG = np.random.default_rng(0)
+LOGICAL = {
+    "up": RNG.normal(size=(L, E, 4, 6)).astype(np.float32),
+    "bias": -np.zeros((L, E), np.float32),  # whose sign a sum would lose
+    "moment": np.asarray(jnp.asarray(RNG.normal(size=(L, E, 5)), jnp.bfloat16)),
+    "quantised": RNG.integers(-9, 9, (L, E, 3)).astype(np.int8),
+}
+MESHES = {
+    "one axis": ((8,), ("expert",), "expert", None),
+    "tensor parallel": (
+        (4, 2),
+        ("expert", "tensor"),
+        "expert",
+        {"up": P(None, "expert", None, "tensor"), "bias": None, "moment": None, "quantised": None},
+    ),
+    "two axes as one": ((2, 4), ("data", "model"), ("data", "model"), None),
+}
+
+
+def plan_of(seed, num_experts=E, num_slots=R):
+    load = lognormal(L, num_experts, seed=seed)
+    return eplb_jax.rebalance_experts(load, num_slots, 1, 1, G, strategy="greedy")
+
+
+def rows(logical, plan):
+    """Where the plan says that they are."""
+    return {k: x[np.arange(L)[:, None], np.asarray(plan.phy2log)] for k, x in logical.items()}
+
+
+def assert_bits(got, wanted):
+    for name, x in wanted.items():
+        bits = np.asarray(got[name])
+        assert bits.dtype == x.dtype
+        assert bits.tobytes() == np.ascontiguousarray(x).tobytes(), name
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    return jax.make_mesh((8,), ("expert",))
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("name", MESHES)
+def test_weights_are_where_the_plan_says(name, kind):
+    shape, names, axis, specs = MESHES[name]
+    mesh = jax.make_mesh(shape, names, axis_types=(kind,) * len(shape))
+    plan, given = plan_of(0), {"mesh": mesh, "axis_name": axis, "specs": specs}
+    read = runtime.to_slots(LOGICAL, plan, **given)
+    sent = runtime.to_slots(jax.tree.map(jnp.asarray, LOGICAL), plan, **given)
+    weights = sent
+    for slots in (read, sent):
+        assert_bits(slots, rows(LOGICAL, plan))
+    for seed in (1, 2, 0):
+        weights, plan = runtime.relocate(weights, plan, plan_of(seed), **given)
+        assert_bits(weights, rows(LOGICAL, plan))
+        assert weights["up"].sharding.is_equivalent_to(read["up"].sharding, 4)
+    assert_bits(runtime.to_logical(weights, plan, **given), LOGICAL)
+
+
+def test_no_new_plan_compiles_anything_and_weights_are_replaced_in_place(mesh, caplog):
+    plan = jax.device_put(plan_of(0), NamedSharding(mesh, P()))
+    weights = runtime.to_slots(LOGICAL, plan, mesh)
+    move = jax.jit(partial(runtime.relocate, mesh=mesh), donate_argnums=0)
+    with jax.log_compiles(), warnings.catch_warnings(), caplog.at_level("WARNING"):
+        warnings.simplefilter("ignore")
+        for seed in range(20):
+            given = weights["up"]
+            weights, plan = move(weights, plan, plan_of(seed))
+            assert given.is_deleted()
+    assert_bits(weights, rows(LOGICAL, plan_of(19)))
+    assert caplog.text.count("Compiling jit(relocate)") == 1
+
+
+def test_experts_that_do_not_divide_by_the_devices(mesh):
+    logical = {"up": RNG.normal(size=(L, 36, 7)).astype(np.float32)}
+    plan = plan_of(0, 36)
+    slots = runtime.to_slots(jax.tree.map(jnp.asarray, logical), plan, mesh)
+    assert_bits(slots, rows(logical, plan))
+    assert slots["up"].sharding.spec[1] == "expert"
+    assert_bits(runtime.to_logical(slots, plan, mesh), logical)
+
+
+def test_one_layer_and_permutations(mesh):
+    old, new = plan_of(0, num_slots=E), plan_of(1, num_slots=E)
+    slots = {k: jnp.asarray(x[1]) for k, x in rows(LOGICAL, old).items()}
+    moved, plan = runtime.relocate(slots, old.layer(1), new.layer(1), mesh)
+    assert_bits(moved, {k: x[1] for k, x in rows(LOGICAL, new).items()})
+    np.testing.assert_array_equal(plan.phy2log, new.phy2log[1])
+
+
+def test_some_layers(mesh):
+    old, new = plan_of(0), plan_of(1)
+    mixed = runtime.some_layers(old, new, jnp.array([False, True, False]))
+    eplb_jax.check_placement(mixed)
+    moved, _ = runtime.relocate(runtime.to_slots(LOGICAL, old, mesh), old, mixed, mesh)
+    assert_bits(moved, rows(LOGICAL, mixed))
+
+
+def hlo_of(old, new, mesh):
+    weights = {"up": runtime.to_slots(LOGICAL, old, mesh)["up"]}
+    move = jax.jit(partial(runtime.relocate, mesh=mesh))
+    return move.lower(weights, old, new).compile().as_text()
+
+
+def test_what_is_sent(mesh):
+    """Two all-to-alls of one row a round; as many rounds as the busiest device needs."""
+    old, new = plan_of(0), plan_of(1)
+    text = hlo_of(old, new, mesh)
+    collectives = re.findall(r"= (.*?) (all-[\w-]+|collective-permute|reduce-scatter)\(", text)
+    assert [kind for _, kind in collectives] == ["all-to-all"] * 2
+    row = LOGICAL["up"][0, 0].size
+    for shape, _ in collectives:
+        sizes = [
+            np.prod([int(d) for d in x.split(",")]) for x in re.findall(r"f32\[([\d,]+)\]", shape)
+        ]
+        assert sum(sizes) == row
+    moves = eplb_jax.moves(old, new, G)
+    received = np.asarray(moves.received)
+    for layer in range(L):
+        route = _route(old, new, layer)
+        sends, fetches = (int(x) for x in route.rounds)
+        assert fetches == received[layer].max()
+        assert (np.asarray(route.fetch) >= 0).sum() == received[layer].sum()
+        # An expert is sent once however many want it; the busiest sends no more than copies do.
+        wanted = {int(np.asarray(route.wanted)[g, s]) for g, s in _listed(route.fetch)}
+        assert (np.asarray(route.send) >= 0).sum() == len(wanted)
+        assert sends <= np.asarray(moves.sent)[layer].max() + 2
+
+
+def _route(old, new, layer):
+    from eplb_jax.runtime.transport import _route_of_copies
+
+    return _route_of_copies(old.phy2log[layer], new.phy2log[layer], E, G)
+
+
+def _listed(slots):
+    return [(g, s) for g, row in enumerate(np.asarray(slots)) for s in row if s >= 0]
+
+
+def test_identity_moves_nothing(mesh):
+    plan = plan_of(0)
+    assert [int(x) for x in _route(plan, plan, 0).rounds] == [0, 0]
+    weights = runtime.to_slots(LOGICAL, plan, mesh)
+    assert_bits(runtime.relocate(weights, plan, plan, mesh).params, rows(LOGICAL, plan))
+
+
+def modelled(operand, output, input_offsets, send_sizes, output_offsets, recv_sizes, *, axis_name):
+    """`lax.ragged_all_to_all` by its documentation, for stretches of one row."""
+    size, me = lax.axis_size(axis_name), lax.axis_index(axis_name)
+    per_device = len(input_offsets) // size
+    maps = [
+        lax.all_gather(x.reshape(size, per_device), axis_name)[:, me]
+        for x in (input_offsets, send_sizes, output_offsets)
+    ]
+    tables = lax.all_gather(operand, axis_name)
+    received = recv_sizes.reshape(size, per_device)
+    for source in range(size):
+        for number in range(per_device):
+            start, sent, place = (x[source, number] for x in maps)
+            there = (sent == 1) & (received[source, number] == 1)
+            place = jnp.where(there, place, output.shape[0])
+            output = output.at[place].set(tables[source, start], mode="drop")
+    return output
+
+
+def test_ragged(mesh, monkeypatch):
+    """On a model of the operation, which XLA does not have on CPUs."""
+    sent = []
+
+    def watched(*args, **kwargs):
+        jax.debug.callback(lambda x: sent.append(int(x.sum())), args[3])
+        return modelled(*args, **kwargs)
+
+    monkeypatch.setattr(lax, "ragged_all_to_all", watched)
+    old, new = plan_of(0), plan_of(3)
+    weights = {k: x for k, x in runtime.to_slots(LOGICAL, old, mesh).items() if k != "up"}
+    moved, _ = runtime.relocate(weights, old, new, mesh, ragged=True, num_nodes=2)
+    wanted = rows(LOGICAL, new)
+    assert_bits(moved, {k: wanted[k] for k in weights})
+    jax.effects_barrier()
+    assert sum(sent) == len(weights) * int(eplb_jax.moves(old, new, G, 2).received.sum())
+
+
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+def test_ragged_is_lowered_for(platform):
+    mesh = jax.sharding.AbstractMesh((8,), ("expert",), axis_types=(AxisType.Auto,))
+    like = lambda *shape: jax.ShapeDtypeStruct((L, *shape), jnp.int32)  # noqa: E731
+    shapes = Placement(like(R), like(E, R - E + 1), like(E))
+    weights = {"up": jax.ShapeDtypeStruct((L, R, 4, 6), jnp.float32)}
+    move = jax.jit(lambda w, old, new: runtime.relocate(w, old, new, mesh, ragged=True))
+    text = move.trace(weights, shapes, shapes).lower(lowering_platforms=(platform,)).as_text()
+    assert len(re.findall(r"ragged_all_to_all", text)) >= 1
+    assert "all_gather" not in text
+
+
+def broken_plans():
+    """Plans that must not be followed, and what the refusal says."""
+    plan = plan_of(1)
+    lost = plan.phy2log.at[1].set(jnp.where(plan.phy2log[1] == 5, 6, plan.phy2log[1]))
+    twice = plan.log2phy.at[2, 0, 0].set(plan.log2phy[2, 1, 0])
+    return {
+        "a lost expert": (plan._replace(phy2log=lost), "new is no plan: .*layer 1"),
+        "a slot that lies twice": (plan._replace(log2phy=twice), "layer 2 is not the inverse"),
+        "wrong counts": (
+            plan._replace(logcnt=plan.logcnt.at[0, 0].add(1)),
+            "logcnt of layer 0 does not count",
+        ),
+        "no such expert": (plan._replace(phy2log=plan.phy2log.at[0, 0].set(E)), "outside 0..31"),
+    }
+
+
+@pytest.mark.parametrize("fault", broken_plans())
+def test_faults_are_refused_before_anything_moves(mesh, fault):
+    old, (new, says) = plan_of(0), broken_plans()[fault]
+    weights = runtime.to_slots(LOGICAL, old, mesh)
+    with pytest.raises(ValueError, match=says):
+        runtime.relocate(weights, old, new, mesh)
+    assert_bits(weights, rows(LOGICAL, old))
+    # Where values cannot be seen, the layer keeps its plan and its weights; others move.
+    moved, plan = jax.jit(partial(runtime.relocate, mesh=mesh))(weights, old, new)
+    eplb_jax.check_placement(plan)
+    assert_bits(moved, rows(LOGICAL, plan))
+    kept = [bool((plan.phy2log[x] == old.phy2log[x]).all()) for x in range(L)]
+    assert sum(kept) == 1
+
+
+def test_errors(mesh):
+    old, new = plan_of(0), plan_of(1)
+    up = {"up": runtime.to_slots(LOGICAL, old, mesh)["up"]}
+    elsewhere = jax.device_put(up["up"], NamedSharding(mesh, P()))
+    mixed = jax.make_mesh((4, 2), ("expert", "tensor"))
+    for call, error, says in [
+        (
+            lambda: runtime.relocate(up, old.phy2log, new, mesh),
+            TypeError,
+            "old must be a Placement",
+        ),
+        (
+            lambda: runtime.relocate(up, old, plan_of(1, num_slots=48), mesh),
+            ValueError,
+            "phy2log of new",
+        ),
+        (
+            lambda: runtime.relocate({"up": LOGICAL["up"]}, old, new, mesh),
+            ValueError,
+            r"params\['up'\]",
+        ),
+        (
+            lambda: runtime.relocate(up, old, new, mesh, "slot"),
+            ValueError,
+            "axis_name='slot' is no",
+        ),
+        (
+            lambda: runtime.relocate(up, old, new, mixed, specs=P(None, "tensor")),
+            ValueError,
+            r"params\['up'\] lies as .*axis_name='expert'",
+        ),
+        (
+            lambda: runtime.relocate(
+                {"up": jnp.zeros((L, 6))},
+                *(eplb_jax.rebalance_experts(np.ones((L, 6)), 6, 1, 1, 2) for _ in range(2)),
+                mesh,
+            ),
+            ValueError,
+            "size of axis_name=8 does not divide slots=6",
+        ),
+    ]:
+        with pytest.raises(error, match=says):
+            call()
+    # What lies on all devices alike is spread first.
+    moved, _ = runtime.relocate({"up": elsewhere}, old, new, mesh)
+    assert_bits(moved, {"up": rows(LOGICAL, new)["up"]})

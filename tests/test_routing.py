@@ -1,0 +1,215 @@
+"""From experts to slots: against counting one token after the other, and for evenness."""
+
+from collections import Counter
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+import eplb_jax
+from eplb_jax import runtime
+from eplb_jax.types import Placement
+from tests.helpers import lognormal
+
+E, R, G = 32, 48, 8
+LOAD = lognormal(2, E)
+SHARES = np.random.default_rng(5).random(R).astype(np.float32)
+
+
+def routed(tokens=400, k=4, seed=0):
+    """Distinct experts for every token, as a router draws them."""
+    rng = np.random.default_rng(seed)
+    chance = LOAD[0].astype(np.float64) / LOAD[0].astype(np.float64).sum()
+    return np.stack([rng.choice(E, k, replace=False, p=chance) for _ in range(tokens)]).astype(
+        np.int32
+    )
+
+
+IDS = routed()
+
+
+@pytest.fixture(scope="module")
+def plan():
+    return eplb_jax.rebalance_experts(LOAD, R, 1, 1, G, strategy="greedy")
+
+
+def choices(plan):
+    """Every choice, with the arguments it wants."""
+    return {
+        "occurrence": {},
+        "token": {},
+        "random": {"key": jax.random.key(1)},
+        "source": {"table": runtime.nearest(plan, G, 2)[0], "source": 3},
+        "split": {"split": jnp.asarray(SHARES)},
+    }
+
+
+def in_turn(ids, layer, first=0):
+    """The oracle of "occurrence"."""
+    log2phy, logcnt = np.asarray(layer.log2phy), np.asarray(layer.logcnt)
+    seen, slots = Counter(), np.empty_like(ids)
+    for place, expert in np.ndenumerate(ids):
+        slots[place] = log2phy[expert, (seen[expert] + first) % logcnt[expert]]
+        seen[expert] += 1
+    return slots
+
+
+def test_every_choice_leads_to_a_slot_of_the_expert(plan):
+    layer, padded = plan.layer(0), IDS.copy()
+    padded[::5] = -1
+    for choice, given in choices(plan).items():
+        to_physical = jax.jit(partial(runtime.to_physical, choice=choice))
+        slots = np.asarray(to_physical(padded, layer, **given))
+        assert slots.dtype == np.int32
+        assert (slots[::5] == -1).all()
+        live = padded >= 0
+        np.testing.assert_array_equal(np.asarray(layer.phy2log)[slots[live]], padded[live])
+
+
+def test_occurrence_is_the_number_of_the_token_among_those_of_its_expert(plan):
+    layer = plan.layer(0)
+    np.testing.assert_array_equal(runtime.to_physical(IDS, layer), in_turn(IDS, layer))
+    shifted = runtime.to_physical(IDS.astype(np.uint8), layer, source=jnp.int32(3))
+    np.testing.assert_array_equal(shifted, in_turn(IDS, layer, first=3))
+
+
+def test_many_ids_are_sorted_by_two_operands(plan, monkeypatch):
+    """Above 2^31 / E tokens both do not fit in one number."""
+    monkeypatch.setattr("eplb_jax.runtime.routing._ONE_OPERAND", 1)
+    layer = plan.layer(0)
+    np.testing.assert_array_equal(runtime.to_physical(IDS, layer), in_turn(IDS, layer))
+
+
+def test_token_counts_tokens(plan):
+    layer = plan.layer(0)
+    number = np.arange(len(IDS))[:, None]
+    wanted = np.asarray(layer.log2phy)[IDS, number % np.asarray(layer.logcnt)[IDS]]
+    np.testing.assert_array_equal(runtime.to_physical(IDS, layer, "token"), wanted)
+
+
+def test_split_follows_the_shares_to_a_token(plan):
+    layer = plan.layer(0)
+    phy2log = np.asarray(layer.phy2log)
+    for shares in (SHARES, np.where(np.arange(R) % 3 == 0, 0, SHARES), np.ones(R, np.float32)):
+        slots = runtime.to_physical(IDS, layer, "split", split=jnp.asarray(shares, jnp.float32))
+        sent = np.bincount(np.asarray(slots).ravel(), minlength=R)
+        whole = np.bincount(phy2log, weights=shares, minlength=E)
+        tokens = np.bincount(IDS.ravel(), minlength=E)
+        some = whole[phy2log] > 0
+        wanted = shares / np.where(some, whole[phy2log], 1) * tokens[phy2log]
+        assert np.abs(sent - wanted)[some].max() <= 1
+        np.testing.assert_array_equal(np.bincount(phy2log, weights=sent, minlength=E), tokens)
+
+
+def test_random_needs_no_more_than_its_key(plan):
+    layer = plan.layer(0)
+    draw = lambda seed: runtime.to_physical(IDS, layer, "random", key=jax.random.key(seed))  # noqa: E731
+    np.testing.assert_array_equal(draw(0), draw(0))
+    assert (np.asarray(draw(0)) != np.asarray(draw(1))).any()
+    # Every replica of an expert gets its part: five standard deviations around it.
+    many = np.tile(np.arange(E, dtype=np.int32), (4000, 1))
+    slots = runtime.to_physical(many, layer, "random", key=jax.random.key(2))
+    sent = np.bincount(np.asarray(slots).ravel(), minlength=R)
+    chance = 1 / np.asarray(layer.logcnt)[np.asarray(layer.phy2log)]
+    assert np.all(np.abs(sent - 4000 * chance) <= 5 * np.sqrt(4000 * chance * (1 - chance)))
+
+
+def test_each_device_alone_or_all_together(plan):
+    """With axis_name the devices share tokens out as one; without it each is even by itself."""
+    layer = plan.layer(0)
+    mesh = jax.make_mesh((4, 2), ("data", "expert"), axis_types=(AxisType.Auto,) * 2)
+    axes = ("data", "expert")
+    specs = {"mesh": mesh, "in_specs": (P(axes), P(), P()), "out_specs": P(axes)}
+
+    @partial(jax.jit, static_argnums=(2, 3))
+    def slots(ids, shares, choice, axis_name):
+        def on_device(ids, layer, shares):
+            given = {"axis_name": axis_name, "split": shares}
+            return runtime.to_physical(ids, layer, choice, **given)
+
+        return jax.shard_map(on_device, **specs)(ids, layer, shares)
+
+    shares = jnp.asarray(SHARES)
+    for choice in ("occurrence", "split"):
+        together = runtime.to_physical(IDS, layer, choice, split=shares)
+        np.testing.assert_array_equal(slots(IDS, shares, choice, axes), together)
+    alone = np.asarray(slots(IDS, shares, "occurrence", None)).reshape(8, -1, 4)
+    for ids, mine in zip(IDS.reshape(8, -1, 4), alone, strict=True):
+        np.testing.assert_array_equal(mine, in_turn(ids, layer))
+
+
+@pytest.mark.parametrize("nodes", [1, 2, 4])
+def test_nearest(plan, nodes):
+    table = np.asarray(runtime.nearest(plan, G, nodes))
+    gpu_of, node_of = np.arange(R) // (R // G), np.arange(G) // (G // nodes)
+    for layer, phy2log in enumerate(np.asarray(plan.phy2log)):
+        for expert in range(E):
+            gpus = set(gpu_of[phy2log == expert])
+            chosen = table[layer, expert]
+            assert (phy2log[chosen] == expert).all()
+            for gpu in range(G):
+                to = gpu_of[chosen[gpu]]
+                near = {x for x in gpus if node_of[x] == node_of[gpu]}
+                assert to == gpu if gpu in gpus else to in (near or gpus)
+            # GPUs without a replica are dealt out evenly, over those of a node and over all.
+            for node in range(nodes):
+                inside = [x for x in range(G) if node_of[x] == node and x not in gpus]
+                counts = Counter(gpu_of[chosen[inside]])
+                if counts and any(node_of[x] == node for x in gpus):
+                    held = [counts[x] for x in gpus if node_of[x] == node]
+                    assert max(held) - min(held) <= 1
+            far = [x for x in range(G) if not any(node_of[x] == node_of[y] for y in gpus)]
+            counts = Counter(gpu_of[chosen[far]])
+            assert not far or max(counts[x] for x in gpus) - min(counts[x] for x in gpus) <= 1
+
+
+def test_explicit_axes(plan):
+    """`jax.make_mesh` makes them by default; arrays say how they lie, and keep it."""
+    mesh = jax.make_mesh((8,), ("data",))
+    layer = plan.layer(0)
+    with jax.set_mesh(mesh):
+        ids = jax.device_put(IDS, jax.NamedSharding(mesh, P("data")))
+        for choice, given in choices(plan).items():
+            wanted = runtime.to_physical(IDS, layer, choice, **given)
+            slots = jax.jit(partial(runtime.to_physical, choice=choice))(ids, layer, **given)
+            np.testing.assert_array_equal(slots, wanted)
+            assert jax.typeof(slots).sharding.spec == P("data", None)
+        load = jax.jit(runtime.load_of_ids, static_argnums=1)(ids, E)
+    np.testing.assert_array_equal(load, np.bincount(IDS.ravel(), minlength=E))
+
+
+def test_no_new_plan_compiles_anything():
+    plans = [eplb_jax.rebalance_experts(lognormal(1, E, seed=s), R, 1, 1, G) for s in range(3)]
+    jitted = jax.jit(runtime.to_physical)
+    for other in plans:
+        jitted(IDS, other.layer(0))
+    assert jitted._cache_size() == 1
+
+
+def test_nothing_but_padding(plan):
+    for choice, given in choices(plan).items():
+        for ids in (np.full((3, 2), -1, np.int32), np.empty((0, 2), np.int32)):
+            np.testing.assert_array_equal(
+                runtime.to_physical(ids, plan.layer(0), choice, **given), ids
+            )
+
+
+def test_errors(plan):
+    layer = plan.layer(0)
+    for call, error, says in [
+        (lambda: runtime.to_physical(IDS, layer, "best"), ValueError, "occurrence, token, random"),
+        (lambda: runtime.to_physical(IDS, layer, "random"), ValueError, "'random' needs key="),
+        (lambda: runtime.to_physical(IDS, layer, "source", source=0), ValueError, "needs table="),
+        (lambda: runtime.to_physical(IDS, layer, "split"), ValueError, "needs split="),
+        (lambda: runtime.to_physical(IDS, plan), ValueError, r"plan.layer\(i\)"),
+        (lambda: runtime.to_physical(LOAD, layer), TypeError, "ids must be whole numbers"),
+        (lambda: runtime.nearest(plan, 7), ValueError, "num_gpus=7 does not divide"),
+        (lambda: runtime.nearest(plan, 8, 3), ValueError, "num_nodes=3 does not divide"),
+    ]:
+        with pytest.raises(error, match=says):
+            call()
+    assert isinstance(layer, Placement)

@@ -1,0 +1,177 @@
+"""Shares of replicas, against the linear program as HiGHS solves it."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+from scipy.optimize import linprog
+from scipy.sparse import coo_array
+
+import eplb_jax
+from eplb_jax import metrics, runtime
+from eplb_jax.types import Placement
+from tests.helpers import lognormal
+
+
+def lightest(load, phy2log, num_gpus):
+    """The lightest heaviest GPU of a layer, in tokens."""
+    num_slots, num_experts = len(phy2log), len(load)
+    slot = np.arange(num_slots)
+    gpu = slot // (num_slots // num_gpus)
+    # Unknown: the tokens of every slot, and the heaviest GPU.
+    sums = coo_array((np.ones(num_slots), (phy2log, slot)), (num_experts, num_slots + 1))
+    heavy = coo_array(
+        (
+            np.r_[np.ones(num_slots), -np.ones(num_gpus)],
+            (np.r_[gpu, np.arange(num_gpus)], np.r_[slot, np.full(num_gpus, num_slots)]),
+        )
+    )
+    cost = np.r_[np.zeros(num_slots), 1]
+    scale = max(load.sum(), 1e-30) / num_gpus
+    solved = linprog(cost, heavy, np.zeros(num_gpus), sums, load / scale, method="highs")
+    assert solved.status == 0
+    return solved.fun * scale
+
+
+def plan_of(phy2log, num_experts):
+    """A plan with these slots, of one layer."""
+    slots = [np.flatnonzero(phy2log == e) for e in range(num_experts)]
+    count = np.array([len(x) for x in slots])
+    most = len(phy2log) - num_experts + 1
+    log2phy = np.stack([np.r_[x, np.full(most - len(x), -1)] for x in slots])
+    return Placement(*(jnp.asarray(x, jnp.int32)[None] for x in (phy2log, log2phy, count)))
+
+
+def misfit(load, num_replicas, num_gpus, strategy="fast"):
+    """A plan made for other loads, so that much is left to the split."""
+    other = np.random.default_rng(1).permutation(load, axis=1)
+    return eplb_jax.rebalance_experts(
+        np.sqrt(load * other), num_replicas, 1, 1, num_gpus, strategy=strategy
+    )
+
+
+def next_window(name, past, coming, num_replicas, num_gpus):
+    trace = eplb_jax.loads.example(name)
+    plan = eplb_jax.rebalance_experts(trace[past], num_replicas, 1, 1, num_gpus, strategy="fast")
+    return trace[coming], plan, num_gpus
+
+
+def twenty_replicas():
+    load = lognormal(4, 64)
+    hot = np.where(np.arange(64) < 2, 30, load).astype(np.float32)
+    return load, eplb_jax.rebalance_experts(hot, 112, 1, 1, 16, strategy="fast"), 16
+
+
+def chain():
+    """Every GPU shares an expert with the next alone, and the load is at one end."""
+    experts = np.stack([np.arange(16), np.r_[np.arange(1, 16), 16]], axis=1)
+    steep = np.r_[np.linspace(4, 0.1, 16), 0.1].astype(np.float32)
+    return steep[None], plan_of(experts.ravel(), 17), 16
+
+
+def repeats():
+    return lognormal(1, 64), plan_of(np.r_[np.arange(64), np.zeros(8, int)], 64), 4
+
+
+CASES = {
+    "gpt-oss, next window": lambda: next_window("gpt_oss_20b", 0, 1, 40, 8),
+    "V2-Lite, another task": lambda: next_window("deepseek_v2_lite", 0, 9, 80, 16),
+    "lognormal": lambda: (lognormal(4, 64), misfit(lognormal(4, 64), 96, 8), 8),
+    "many replicas": lambda: (lognormal(4, 64), misfit(lognormal(4, 64), 256, 16, "greedy"), 16),
+    "twenty replicas": twenty_replicas,
+    "repeats on a GPU": repeats,
+    "chain": chain,
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_within_half_a_percent_of_the_optimum(case):
+    load, plan, num_gpus = CASES[case]()
+    shares = runtime.split_load(load, plan, num_gpus)
+    got = metrics.gpu_loads(load, plan, num_gpus, split=shares).max(axis=1)
+    phy2log = np.asarray(plan.phy2log)
+    best = [lightest(np.asarray(x, float), y, num_gpus) for x, y in zip(load, phy2log, strict=True)]
+    assert (got / np.array(best) >= 1 - 1e-5).all()
+    assert (got / np.array(best) <= 1.005).all()
+    even = metrics.gpu_loads(load, plan, num_gpus).max(axis=1)
+    assert (got <= even * (1 + 1e-6)).all()
+    whole = np.stack([np.bincount(y, x) for x, y in zip(np.asarray(shares), phy2log, strict=True)])
+    np.testing.assert_allclose(whole, 1, rtol=1e-5)
+    assert (np.asarray(shares) >= 0).all()
+
+
+def test_next_windows_of_gpt_oss():
+    """Of what plans from eight windows leave of the next, the split leaves a quarter."""
+    trace = eplb_jax.loads.example("gpt_oss_20b")
+    even, split = [], []
+    for start in (0, 8, 16):
+        plan = eplb_jax.rebalance_experts(trace[start : start + 8], 40, 1, 1, 8)
+        load = trace[start + 8]
+        shares = runtime.split_load(load, plan, 8)
+        even.append(metrics.balance(load, plan, 8).mean_imbalance)
+        split.append(metrics.balance(load, plan, 8, split=shares).mean_imbalance)
+    assert np.mean(split) < 0.3 * np.mean(even)
+
+
+def test_hard_loads():
+    load = np.zeros((4, 16), np.float32)
+    load[1, 3] = 5
+    load[2] = 1
+    load[3] = 3e38
+    plan = eplb_jax.rebalance_experts(lognormal(4, 16), 24, 1, 1, 4)
+    shares = np.asarray(runtime.split_load(load, plan, 4))
+    count = np.take_along_axis(np.asarray(plan.logcnt), np.asarray(plan.phy2log), axis=1)
+    np.testing.assert_allclose(shares[0], 1 / count[0])
+    assert np.isfinite(shares).all()
+    for layer in (2, 3):
+        got = metrics.gpu_loads(np.ones_like(load), plan, 4, split=jnp.asarray(shares))[layer].max()
+        best = lightest(np.ones(16), np.asarray(plan.phy2log)[layer], 4)
+        assert best * (1 - 1e-5) <= got <= best * 1.005
+
+
+def test_nothing_to_split():
+    plan = eplb_jax.rebalance_experts(lognormal(2, 16), 16, 1, 1, 4)
+    np.testing.assert_array_equal(runtime.split_load(lognormal(2, 16), plan, 4), np.ones((2, 16)))
+
+
+def test_layer_by_layer_and_jitted_and_without_compiling_anew():
+    load = lognormal(3, 32)
+    plans = [misfit(lognormal(3, 32, seed=s), 48, 8) for s in range(2)]
+    jitted = jax.jit(partial(runtime.split_load, num_gpus=8))
+    for plan in plans:
+        whole = runtime.split_load(load, plan, 8)
+        np.testing.assert_allclose(jitted(load, plan), whole, atol=1e-2)
+        for layer in range(3):
+            alone = runtime.split_load(load[layer], plan.layer(layer), 8)
+            np.testing.assert_allclose(alone, whole[layer], atol=1e-2)
+    assert jitted._cache_size() == 1
+
+
+def test_layers_over_explicit_axes():
+    mesh = jax.make_mesh((4,), ("layers",), devices=jax.devices()[:4])
+    load, sharding = lognormal(4, 32), jax.NamedSharding(mesh, P("layers"))
+    plan = misfit(load, 48, 8)
+    spread = jax.device_put((load, plan), sharding)
+    shares = runtime.split_load(*spread, 8)
+    np.testing.assert_allclose(shares, runtime.split_load(load, plan, 8), atol=1e-2)
+    assert shares.sharding.spec[0] == "layers"
+
+
+def test_errors():
+    plan = eplb_jax.rebalance_experts(lognormal(2, 16), 24, 1, 1, 4)
+    for call, says in [
+        (lambda: runtime.split_load(lognormal(2, 8), plan, 4), r"\(2, 8\), but the plan is for"),
+        (lambda: runtime.split_load(lognormal(2, 16), plan, 5), "num_gpus=5 does not divide"),
+        (lambda: runtime.split_load(-lognormal(2, 16), plan, 4), "layer 0, expert 0"),
+        (lambda: runtime.split_load(lognormal(1, 16)[0], plan, 4), r"shape \[layers, experts\]"),
+        (lambda: runtime.split_load(lognormal(2, 16), plan, 4, steps=-1), "steps=-1"),
+        (
+            lambda: metrics.balance(lognormal(2, 16), plan, 4, split=jnp.ones((2, 16))),
+            r"split has the shape \(2, 16\)",
+        ),
+    ]:
+        with pytest.raises(ValueError, match=says):
+            call()
