@@ -91,6 +91,14 @@ def test_token_counts_tokens(plan):
     np.testing.assert_array_equal(runtime.to_physical(IDS, layer, "token"), wanted)
 
 
+def test_batches_and_sequences_are_tokens(plan):
+    for choice, given in choices(plan).items():
+        if choice != "random":
+            flat = runtime.to_physical(IDS, plan.layer(0), choice, **given)
+            deep = runtime.to_physical(IDS.reshape(4, 100, 4), plan.layer(0), choice, **given)
+            np.testing.assert_array_equal(deep, flat.reshape(4, 100, 4))
+
+
 def test_split_follows_the_shares_to_a_token(plan):
     layer = plan.layer(0)
     phy2log = np.asarray(layer.phy2log)
@@ -207,6 +215,11 @@ def test_errors(plan):
         (lambda: runtime.to_physical(IDS, layer, "split"), ValueError, "needs split="),
         (lambda: runtime.to_physical(IDS, plan), ValueError, r"plan.layer\(i\)"),
         (lambda: runtime.to_physical(LOAD, layer), TypeError, "ids must be whole numbers"),
+        (
+            lambda: runtime.to_physical(IDS[:, 0], layer),
+            ValueError,
+            r"shape \[tokens, k\], got \(400,",
+        ),
         (lambda: runtime.nearest(plan, 7), ValueError, "num_gpus=7 does not divide"),
         (lambda: runtime.nearest(plan, 8, 3), ValueError, "num_nodes=3 does not divide"),
     ]:

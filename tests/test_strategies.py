@@ -185,7 +185,7 @@ def test_kinds_of_numbers(name):
 
 @every_strategy
 def test_layers_over_a_mesh_need_no_communication(name):
-    mesh = jax.make_mesh((8,), ("layer",), axis_types=(jax.sharding.AxisType.Auto,))
+    mesh = jax.make_mesh((8,), ("layer",))  # explicit, as JAX has it by default
     weight = lognormal(16, 24)
     small = smaller(STRATEGIES[name])
     sharded = jax.device_put(weight, NamedSharding(mesh, PartitionSpec("layer")))

@@ -68,11 +68,11 @@ def test_only_experts_with_replicas_travel(plan, mesh):
     text = jax.jit(partial(runtime.sum_replicas, mesh=mesh)).lower(grads, plan).compile().as_text()
     kinds = re.findall(r" (all-[\w-]+|collective-permute|reduce-scatter)\(", text)
     assert kinds == ["all-to-all"] * 2
-    from eplb_jax.runtime.transport import _route_of_sums
+    from eplb_jax.runtime.transport import route_of_sums
 
     for layer in range(L):
         experts = plan.phy2log[layer]
-        route = _route_of_sums(experts, experts, E, G)
+        route = route_of_sums(experts, experts, E, G)
         shared = np.asarray(plan.logcnt)[layer][np.asarray(experts)] > 1
         for listed in (route.send, route.fetch):
             np.testing.assert_array_equal(

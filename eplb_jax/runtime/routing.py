@@ -1,5 +1,6 @@
 """From the experts that a router chose to the slots that hold them."""
 
+import math
 from functools import partial
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -21,7 +22,7 @@ _NEEDS = {"random": ("key",), "source": ("table", "source"), "split": ("split",)
 
 
 def to_physical(
-    ids: Int[Array, "tokens k"],
+    ids: Int[Array, "... k"],
     layer: Placement,
     choice: Choice = "occurrence",
     *,
@@ -30,30 +31,33 @@ def to_physical(
     source: int | Int32[Array, ""] | None = None,
     split: Float[Array, " R"] | None = None,
     axis_name: AxisName | None = None,
-) -> Int32[Array, "tokens k"]:
+) -> Int32[Array, "... k"]:
     """The slot that every routed token goes to: the one line between a router and its dispatch.
 
     After it slots are what experts were: count them, sort by them, and multiply by weights in slot
     order. Whatever else a model makes of the router's ids, such as a load-balancing loss or a
     router's bias, stays with `ids`.
 
-    ============  ================================================  ==========================
-    choice        replica                                           evenness
-    ============  ================================================  ==========================
-    "occurrence"  how often the expert came before in ids, modulo   a token of even
-                  its replicas; a sort of ids
-    "token"       number of the token, modulo replicas; no cost     as random, nearly
-    "random"      drawn with `key`                                  as random
-    "source"      ``table[expert, source]``, see `nearest`; no      of sources, not of tokens
-                  cost, and most local
-    "split"       shares of `split`, see `split_load`; a sort       a token of the shares
-    ============  ================================================  ==========================
+    ============  ==============================================  =============================
+    choice        replica                                         evenness
+    ============  ==============================================  =============================
+    "occurrence"  how often the expert came before in ids,        to a token
+                  modulo its replicas; costs a sort of ids
+    "token"       number of the token, modulo replicas; costs     less than random
+                  nothing
+    "random"      drawn with `key`                                random
+    "source"      ``table[expert, source]``, see `nearest`;       of GPUs, not of tokens; tokens
+                  costs nothing                                   stay near
+    "split"       shares of `split`, see `split_load`; costs a    to a token of the shares
+                  sort of ids
+    ============  ==============================================  =============================
 
-    All but "split" and "source" split an expert's tokens evenly over its replicas, as plans
-    suppose. `benchmarks/routing.py` measures all of them.
+    `benchmarks/runtime.py` measures them token by token. Inside `jax.shard_map` each device counts
+    its own tokens; outside, where ids are global, "occurrence" and "split" gather all to sort them.
 
     Args:
-        ids: Logical experts, below E; negative ones, which mark padding, stay as they are.
+        ids: Logical experts, below E, k of every token; negative ones, which mark padding, stay as
+            they are.
         layer: The plan of this layer, ``plan.layer(i)``. Its maps are arrays: another plan does
             not compile anything anew.
         choice: One of the above.
@@ -71,7 +75,8 @@ def to_physical(
 
     Raises:
         TypeError: ids are not whole numbers.
-        ValueError: The choice is not known or lacks an argument, or the plan is of many layers.
+        ValueError: The choice is not known or lacks an argument, ids have no axis of tokens, or the
+            plan is of many layers.
 
     Example:
         >>> import eplb_jax
@@ -94,6 +99,8 @@ def to_physical(
     ids = jnp.asarray(ids)
     if not jnp.issubdtype(ids.dtype, jnp.integer):
         raise TypeError(f"ids must be whole numbers, got dtype {ids.dtype}")
+    if ids.ndim < 2:
+        raise ValueError(f"ids must have the shape [tokens, k], got {ids.shape}")
 
     def slots(ids: Array, layer: Placement, given: dict) -> Array:
         slot = _slots(ids, layer, choice, axis_name, given)
@@ -103,12 +110,12 @@ def to_physical(
 
 
 def _slots(
-    ids: Int[Array, "tokens k"],
+    ids: Int[Array, "... k"],
     layer: Placement,
     choice: Choice,
     axis_name: AxisName | None,
     given: dict[str, Any],
-) -> Int32[Array, "tokens k"]:
+) -> Int32[Array, "... k"]:
     expert = jnp.maximum(ids.astype(jnp.int32), 0)
     if choice == "source":
         return given["table"][expert, given["source"]]
@@ -118,7 +125,7 @@ def _slots(
     if choice == "random":
         drawn = jax.random.uniform(given["key"], ids.shape) * count.astype(jnp.float32)
         return layer.log2phy[expert, jnp.minimum(drawn.astype(jnp.int32), count - 1)]
-    number = jnp.arange(ids.shape[0], dtype=jnp.int32)[:, None]
+    number = jnp.arange(math.prod(ids.shape[:-1]), dtype=jnp.int32).reshape(*ids.shape[:-1], 1)
     if choice == "occurrence":
         number = _occurrence(ids, layer.logcnt.shape[0], axis_name)
     first = 0 if given["source"] is None else given["source"]
@@ -138,7 +145,7 @@ class _Sorted(NamedTuple):
         return jnp.zeros_like(values).at[self.place].set(values).reshape(shape)
 
 
-def _sorted(ids: Int[Array, "tokens k"], num_experts: int) -> _Sorted:
+def _sorted(ids: Int[Array, "... k"], num_experts: int) -> _Sorted:
     expert = jnp.where(ids < 0, num_experts, ids.astype(jnp.int32)).reshape(-1)
     place = jnp.arange(expert.size, dtype=jnp.int32)
     count = jnp.zeros(num_experts + 1, jnp.int32).at[expert].add(1)
@@ -163,8 +170,8 @@ def _counts_elsewhere(
 
 
 def _occurrence(
-    ids: Int[Array, "tokens k"], num_experts: int, axis_name: AxisName | None
-) -> Int32[Array, "tokens k"]:
+    ids: Int[Array, "... k"], num_experts: int, axis_name: AxisName | None
+) -> Int32[Array, "... k"]:
     """How often the expert of every token came before."""
     order = _sorted(ids, num_experts)
     before, _ = _counts_elsewhere(order.load, axis_name)
@@ -173,11 +180,11 @@ def _occurrence(
 
 
 def _shared_out(
-    ids: Int[Array, "tokens k"],
+    ids: Int[Array, "... k"],
     layer: Placement,
     split: Float[Array, " R"],
     axis_name: AxisName | None,
-) -> Int32[Array, "tokens k"]:
+) -> Int32[Array, "... k"]:
     """Slots by shares: of the tokens of an expert, in order, every slot takes a stretch."""
     num_slots = layer.phy2log.shape[0]
     order = _sorted(ids, layer.logcnt.shape[0])

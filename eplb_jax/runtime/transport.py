@@ -62,7 +62,7 @@ def transported(
         add: Every row wanted is the sum of all rows of its expert, not a copy of one.
     """
     num_gpus = axis_size(mesh, axis_name)
-    route_of = _route_of_sums if add else _route_of_copies
+    route_of = route_of_sums if add else route_of_copies
     single = held.ndim == 1
 
     def on_device(
@@ -127,7 +127,7 @@ class Route(NamedTuple):
         return jnp.max(sends).astype(jnp.int32), jnp.max(fetches).astype(jnp.int32)
 
 
-def _route_of_copies(
+def route_of_copies(
     held: Int32[Array, " S"], wanted: Int32[Array, " Z"], num_experts: int, num_gpus: int
 ) -> Route:
     """Every slot of `wanted` gets a copy, from its own device where that holds the expert.
@@ -153,14 +153,14 @@ def _route_of_copies(
     return Route(held_by, wanted_by, local, _listed(sends), _listed(fetched))
 
 
-def _route_of_sums(
+def route_of_sums(
     held: Int32[Array, " S"], wanted: Int32[Array, " Z"], num_experts: int, num_gpus: int
 ) -> Route:
     """Every slot of `wanted` gets the sum over the slots that hold its expert.
 
     Experts of one slot that is where it should be stay out of it.
     """
-    route = _route_of_copies(held, wanted, num_experts, num_gpus)
+    route = route_of_copies(held, wanted, num_experts, num_gpus)
     count = jnp.zeros(num_experts, jnp.int32).at[held].add(1)
     moving = (count > 1) | jnp.zeros(num_experts, bool).at[route.wanted].max(route.local == NONE)
     sends, fetches = moving[route.held], moving[route.wanted]

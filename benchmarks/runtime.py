@@ -1,0 +1,263 @@
+"""How even every choice of replicas is, what a split gains, and what moving weights sends.
+
+    pip install '.[cli]'
+    python benchmarks/runtime.py                     # all three tables: two minutes
+    python benchmarks/runtime.py routing --tokens FILE --prefix law_
+
+Routing: token by token, over as many GPUs as the plan has, each with an equal part of the tokens.
+The bundled tokens are 8192 of gpt-oss-20b in every third of its 24 layers, the ninth window of
+`loads.example("gpt_oss_20b")`; source and licence are the same. FILE is a .npz file whose arrays
+`PREFIXids` are [tokens, layers, k].
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import jax
+
+if __name__ == "__main__":
+    jax.config.update("jax_num_cpu_devices", 8)
+
+import jax.numpy as jnp
+import numpy as np
+from cases import load_of
+from jax.sharding import NamedSharding, PartitionSpec
+from rich.console import Console
+from rich.table import Table
+
+import eplb_jax
+from eplb_jax import metrics, runtime
+from eplb_jax.runtime.transport import route_of_copies
+
+TOKENS = Path(__file__).parent / "tokens.npz"
+WINDOWS = 8
+
+
+def percent(value: float) -> str:
+    return f"{100 * float(value):.2f}"
+
+
+def median_us(call: Callable[[], object], rounds: int = 30) -> float:
+    jax.block_until_ready(call())
+    times = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        jax.block_until_ready(call())
+        times.append(time.perf_counter() - start)
+    return statistics.median(times) * 1e6
+
+
+def slots_of(ids: np.ndarray, plan: eplb_jax.Placement, num_gpus: int) -> dict[str, np.ndarray]:
+    """The slots [layers, GPUs, tokens of a GPU, k] of every choice."""
+    by_gpu = jnp.asarray(ids.reshape(num_gpus, -1, *ids.shape[1:]).transpose(2, 0, 1, 3), jnp.int32)
+    load = jnp.stack([runtime.load_of_ids(x, plan.logcnt.shape[1]) for x in by_gpu])
+    gpu = jnp.arange(num_gpus)
+
+    @partial(jax.jit, static_argnames=("choice", "shared"))
+    def routed(ids, plan, given, sources=None, *, choice="occurrence", shared=None):
+        def of_gpu(ids, source, layer, given):
+            given = {"source": source, "axis_name": shared} | given
+            return runtime.to_physical(ids, layer, choice, **given)
+
+        over_gpus = jax.vmap(
+            of_gpu, (0, None if sources is None else 0, None, None), axis_name="gpu"
+        )
+        return jax.vmap(over_gpus, (0, None, 0, 0))(ids, sources, plan, given)
+
+    split = runtime.split_load(load, plan, num_gpus)
+    keys = jax.random.split(jax.random.key(0), len(by_gpu))
+    nearest = runtime.nearest(plan, num_gpus)
+    first = jax.vmap(lambda x, y: y[x, 0])(by_gpu, plan.log2phy)
+    return {
+        "the first replica": np.asarray(first),
+        '"occurrence", all GPUs together': np.asarray(routed(by_gpu, plan, {}, shared="gpu")),
+        '"occurrence", every GPU alone': np.asarray(routed(by_gpu, plan, {})),
+        "the same, begun at its number": np.asarray(routed(by_gpu, plan, {}, gpu)),
+        '"token"': np.asarray(routed(by_gpu, plan, {}, choice="token")),
+        '"random"': np.asarray(routed(by_gpu, plan, {"key": keys}, choice="random")),
+        '"source", by nearest': np.asarray(
+            routed(by_gpu, plan, {"table": nearest}, gpu, choice="source")
+        ),
+        '"split", all GPUs together': np.asarray(
+            routed(by_gpu, plan, {"split": split}, choice="split", shared="gpu")
+        ),
+        '"split", every GPU alone': np.asarray(
+            routed(by_gpu, plan, {"split": split}, choice="split")
+        ),
+    }
+
+
+def routing(console: Console, path: Path, prefix: str, num_slots: int, num_gpus: int) -> None:
+    """Heaviest / mean GPU - 1 of what tokens make of a plan, and of what the plan promised."""
+    with np.load(path) as file:
+        ids = np.concatenate([file[x] for x in file.files if x == f"{prefix}ids"])
+    num_experts = int(ids.max()) + 1
+    half = len(ids) // 2 // num_gpus * num_gpus
+    halves = ids[:half], ids[half : 2 * half]
+    loads = [
+        np.stack([np.bincount(x[:, i].ravel(), minlength=num_experts) for i in range(x.shape[1])])
+        for x in halves
+    ]
+    plan = eplb_jax.rebalance_experts(loads[0], num_slots, 1, 1, num_gpus)
+    table = Table(title=f"{path.name}: {half} tokens, {num_experts} in {num_slots} / {num_gpus}")
+    for name in ("choice", "plan's own tokens, %", "next tokens, %", "on own GPU, %"):
+        table.add_column(name, justify="left" if name == "choice" else "right")
+    promised = [percent(metrics.balance(x, plan, num_gpus).mean_imbalance) for x in loads]
+    bare = [percent(without_replicas(x, num_gpus)) for x in loads]
+    table.add_row("no replicas, experts in order", *bare, "")
+    table.add_row("promised: an even split", *promised, "", end_section=True)
+    both = [slots_of(x, plan, num_gpus) for x in halves]
+    for name, slots in both[0].items():
+        cells = [percent(imbalance_of(x, num_slots, num_gpus)) for x in (slots, both[1][name])]
+        home = slots // (num_slots // num_gpus) == np.arange(num_gpus)[:, None, None]
+        table.add_row(name, *cells, f"{100 * home.mean():.0f}")
+    console.print(table)
+
+
+def imbalance_of(slots: np.ndarray, num_slots: int, num_gpus: int) -> float:
+    sent = np.stack([np.bincount(x.ravel(), minlength=num_slots) for x in slots])
+    by_gpu = sent.reshape(len(sent), num_gpus, -1).sum(axis=2)
+    return float(metrics.evenness(jnp.asarray(by_gpu, jnp.float32)).mean_imbalance)
+
+
+def without_replicas(load: np.ndarray, num_gpus: int) -> float:
+    by_gpu = load.reshape(len(load), num_gpus, -1).sum(axis=2)
+    return float(metrics.evenness(jnp.asarray(by_gpu, jnp.float32)).mean_imbalance)
+
+
+def costs(console: Console) -> None:
+    """Time of a choice for the tokens of one GPU: 4096, 8 experts each of 256, in 288 slots."""
+    load = load_of_v3()
+    plan = eplb_jax.rebalance_experts(load, 288, 1, 1, 32).layer(0)
+    chance = jnp.log(jnp.asarray(load[0] / load[0].sum()))
+    noise = jax.random.gumbel(jax.random.key(0), (4096, 256))
+    ids = jax.lax.top_k(chance + noise, 8)[1]
+    table = Table(title="4096 tokens x 8 of 256 experts", min_width=34)
+    table.add_column("choice")
+    table.add_column("us", justify="right")
+    nearest = runtime.nearest(jax.tree.map(lambda x: x[None], plan), 32)[0]
+    split = runtime.split_load(load[0], plan, 32)
+    for choice, given in {
+        "occurrence": {},
+        "token": {},
+        "random": {"key": jax.random.key(1)},
+        "source": {"table": nearest, "source": 3},
+        "split": {"split": split},
+    }.items():
+        jitted = jax.jit(partial(runtime.to_physical, choice=choice))
+        table.add_row(choice, f"{median_us(lambda f=jitted, x=given: f(ids, plan, **x)):.0f}")
+    count = jax.jit(runtime.load_of_ids, static_argnums=1)
+    table.add_row("load_of_ids", f"{median_us(lambda: count(ids, 256)):.0f}")
+    console.print(table)
+
+
+def load_of_v3() -> np.ndarray:
+    from cases import SHAPES
+
+    return load_of(SHAPES["v3"]).astype(np.float32)
+
+
+def splitting(console: Console) -> None:
+    """What an even split and `split_load` leave of the window after those of the plan."""
+    table = Table(title="Imbalance of the next window, mean over layers and windows, %")
+    for name in ("trace", "slots / GPUs", "even split", "split_load", "ratio"):
+        table.add_column(name, justify="right")
+    for name, shuffled, num_slots, num_gpus in [
+        ("gpt_oss_20b", False, 40, 8),
+        ("gpt_oss_20b", False, 48, 16),
+        ("gpt_oss_20b_decode", False, 40, 8),
+        ("deepseek_v2_lite", False, 72, 8),
+        ("deepseek_v2_lite", True, 72, 8),
+        ("deepseek_v2_lite", True, 96, 8),
+        ("deepseek_v2_lite", True, 80, 16),
+    ]:
+        trace = eplb_jax.loads.example(name)
+        if shuffled:
+            trace = trace[np.random.default_rng(0).permutation(len(trace))]
+        even, split = [], []
+        for now in range(WINDOWS, len(trace)):
+            past = trace[now - WINDOWS : now]
+            plan = eplb_jax.rebalance_experts(past, num_slots, 1, 1, num_gpus)
+            shares = runtime.split_load(trace[now], plan, num_gpus)
+            even.append(metrics.balance(trace[now], plan, num_gpus).mean_imbalance)
+            split.append(metrics.balance(trace[now], plan, num_gpus, split=shares).mean_imbalance)
+        ratio = f"{np.mean(split) / np.mean(even):.2f}"
+        title = name + (", shuffled" if shuffled else "")
+        means = percent(np.mean(even)), percent(np.mean(split))
+        table.add_row(title, f"{num_slots} / {num_gpus}", *means, ratio)
+    console.print(table)
+    load = load_of_v3()
+    plan = eplb_jax.rebalance_experts(load, 288, 1, 1, 32)
+    for steps in (32, 64):
+        took = median_us(lambda n=steps: runtime.split_load(load, plan, 32, steps=n))
+        console.print(f"{steps} steps of 58 x 256 in 288 / 32: {took / 1e3:.2f} ms")
+
+
+def moving(console: Console) -> None:
+    """Rows that `relocate` sends over eight devices, beside those that have to move."""
+    mesh = jax.make_mesh((8,), ("expert",))
+    trace = eplb_jax.loads.example("gpt_oss_20b")
+    table = Table(title="gpt-oss-20b, 24 layers, 32 experts in 40 slots, 8 devices, rows of 1 MB")
+    columns = ("new plan", "rows moved", "sent, two hops", "rounds a layer", "all-gather", "ms")
+    for name in columns:
+        table.add_column(name, justify="left" if name == columns[0] else "right")
+    old = eplb_jax.rebalance_experts(trace[:8], 40, 1, 1, 8)
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    width = 1 << 18  # float32
+    blank = np.broadcast_to(np.float32(1), (24, 32, width))
+    weights = runtime.to_slots(blank, old, mesh)
+    move = jax.jit(partial(runtime.relocate, mesh=mesh), donate_argnums=0)
+    for name, options in {
+        "the same": {"previous": old, "max_moves": 0},
+        "max_moves=4": {"previous": old, "max_moves": 4},
+        "max_moves=10": {"previous": old, "max_moves": 10},
+        "previous=": {"previous": old},
+        "without previous": {},
+    }.items():
+        new = eplb_jax.rebalance_experts(trace[8:16], 40, 1, 1, 8, **options)
+        received = np.asarray(eplb_jax.moves(old, new, 8).received)
+        rounds = np.stack([rounds_of(old, new, layer) for layer in range(24)])
+        sent = rounds.sum() * 8 * 7 / 8
+        plans = jax.device_put((old, new), everywhere)
+        times = []
+        for _ in range(4):  # what the rows hold does not matter here
+            start = time.perf_counter()
+            weights = jax.block_until_ready(move(weights, *plans).params)
+            times.append(time.perf_counter() - start)
+        took = statistics.median(times[1:])
+        busiest = f"{rounds[:, 0].mean():.1f} + {rounds[:, 1].mean():.1f}"
+        counts = f"{received.sum()}", f"{sent:.0f}", busiest, f"{24 * 40 * 7}"
+        table.add_row(name, *counts, f"{took * 1e3:.0f}")
+    console.print(table)
+
+
+def rounds_of(old: eplb_jax.Placement, new: eplb_jax.Placement, layer: int) -> tuple[int, int]:
+    route = route_of_copies(old.phy2log[layer], new.phy2log[layer], 32, 8)
+    sends, fetches = route.rounds
+    return int(sends), int(fetches)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("tables", nargs="*", default=["routing", "split", "moving"])
+    parser.add_argument("--tokens", type=Path, default=TOKENS)
+    parser.add_argument("--prefix", default="")
+    parser.add_argument("--slots", type=int, default=40)
+    parser.add_argument("--gpus", type=int, default=8)
+    args = parser.parse_args()
+    console = Console(width=110)
+    if "routing" in args.tables:
+        routing(console, args.tokens, args.prefix, args.slots, args.gpus)
+        costs(console)
+    if "split" in args.tables:
+        splitting(console)
+    if "moving" in args.tables:
+        moving(console)
+
+
+if __name__ == "__main__":
+    main()
