@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -31,13 +32,14 @@ from rich.table import Table
 
 import eplb_jax
 from eplb_jax import metrics, runtime
+from eplb_jax.runtime.routing import Choice
 from eplb_jax.runtime.transport import route_of_copies
 
 TOKENS = Path(__file__).parent / "tokens.npz"
 WINDOWS = 8
 
 
-def percent(value: float) -> str:
+def percent(value: float | jax.Array) -> str:
     return f"{100 * float(value):.2f}"
 
 
@@ -58,7 +60,7 @@ def slots_of(ids: np.ndarray, plan: eplb_jax.Placement, num_gpus: int) -> dict[s
     gpu = jnp.arange(num_gpus)
 
     @partial(jax.jit, static_argnames=("choice", "shared"))
-    def routed(ids, plan, given, sources=None, *, choice="occurrence", shared=None):
+    def routed(ids, plan, given, sources=None, *, choice: Choice = "occurrence", shared=None):
         def of_gpu(ids, source, layer, given):
             given = {"source": source, "axis_name": shared} | given
             return runtime.to_physical(ids, layer, choice, **given)
@@ -141,13 +143,14 @@ def costs(console: Console) -> None:
     table.add_column("us", justify="right")
     nearest = runtime.nearest(jax.tree.map(lambda x: x[None], plan), 32)[0]
     split = runtime.split_load(load[0], plan, 32)
-    for choice, given in {
+    choices: dict[Choice, dict[str, Any]] = {
         "occurrence": {},
         "token": {},
         "random": {"key": jax.random.key(1)},
         "source": {"table": nearest, "source": 3},
         "split": {"split": split},
-    }.items():
+    }
+    for choice, given in choices.items():
         jitted = jax.jit(partial(runtime.to_physical, choice=choice))
         table.add_row(choice, f"{median_us(lambda f=jitted, x=given: f(ids, plan, **x)):.0f}")
     count = jax.jit(runtime.load_of_ids, static_argnums=1)
@@ -187,7 +190,7 @@ def splitting(console: Console) -> None:
             split.append(metrics.balance(trace[now], plan, num_gpus, split=shares).mean_imbalance)
         ratio = f"{np.mean(split) / np.mean(even):.2f}"
         title = name + (", shuffled" if shuffled else "")
-        means = percent(np.mean(even)), percent(np.mean(split))
+        means = percent(float(np.mean(even))), percent(float(np.mean(split)))
         table.add_row(title, f"{num_slots} / {num_gpus}", *means, ratio)
     console.print(table)
     load = load_of_v3()
@@ -242,7 +245,7 @@ def rounds_of(old: eplb_jax.Placement, new: eplb_jax.Placement, layer: int) -> t
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("tables", nargs="*", default=["routing", "split", "moving"])
     parser.add_argument("--tokens", type=Path, default=TOKENS)
     parser.add_argument("--prefix", default="")

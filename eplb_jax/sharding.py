@@ -22,6 +22,8 @@ def by_layers(function: Function) -> Function:
 
     @wraps(function)
     def automatic(*args, **kwargs):
+        if explicit_mesh(*args) is None:
+            return function(*args, **kwargs)
         first = next(x for x in jax.tree.leaves(args) if getattr(x, "ndim", 0) > 1)
         layers = spec_of(first)[first.ndim - 2 :][:1]
         return under_auto(lambda *x: function(*x, **kwargs), PartitionSpec(*layers), *args)
