@@ -239,7 +239,8 @@ def _change(view: _View, num_nodes: int) -> _Step:
     change = (
         more[:, dropped, None] * lies.T[dropped]
         - less[:, wanted, None] * lies.T[wanted]
-        + jnp.eye(num_gpus) * (new[:, wanted] - (more + share)[:, dropped])[:, :, None]
+        + jnp.eye(num_gpus, dtype=jnp.float32)
+        * (new[:, wanted] - (more + share)[:, dropped])[:, :, None]
     )
     exact = -jnp.sum(change * (2 * loads[:, None] + change), axis=(0, 2))  # [m]
     exact = jnp.where(barred[gpu, wanted], -1.0, exact)

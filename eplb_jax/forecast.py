@@ -127,7 +127,7 @@ def _predicted(
     rest = jnp.moveaxis(share[:, 1:], 1, 0), jnp.moveaxis(seen[:, 1:], 1, 0)
     (mean, means, _, error), _ = lax.scan(step, start, rest)
     state = jnp.concatenate([mean[None], means])
-    best = jnp.argmin(error, axis=0)
+    best = jnp.argmin(error, axis=0).astype(jnp.int32)
     predicted = along(state, best[None, :, None], 0)[0]
     least = jnp.min(error, axis=0).astype(jnp.float32)
     ratio = jnp.where(least > 0, error[0].astype(jnp.float32) / jnp.where(least > 0, least, 1), 1)

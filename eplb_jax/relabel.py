@@ -44,8 +44,8 @@ def relabelled(
         shape = num_nodes, gpus_of_node, num_nodes, gpus_of_node
         by_node = shared.reshape(shape).transpose(0, 2, 1, 3)
         inside = jax.vmap(jax.vmap(assignment))(by_node)
-        kept = jnp.sum(jnp.take_along_axis(by_node, inside[..., None], axis=3), axis=(2, 3))
-        node = assignment(kept)
+        kept = jnp.take_along_axis(by_node, inside[..., None], axis=3)
+        node = assignment(jnp.sum(kept, axis=(2, 3), dtype=jnp.int32))
         gpu = inside[jnp.arange(num_nodes, dtype=jnp.int32), node] + gpus_of_node * node[:, None]
         pack = gpu.reshape(num_gpus)
         expert, rank = (x.reshape(num_gpus, capacity)[pack] for x in (expert, rank))
@@ -68,7 +68,7 @@ def slots_kept(new: Int32[Array, " c"], old: Int32[Array, " c"]) -> Int32[Array,
     same = (old[:, None] == new) & _first(new)
     stays = same & _first(old)[:, None]  # slot by expert, at most one in a row and in a column
     free, moved = ~jnp.any(stays, axis=1), ~jnp.any(stays, axis=0)
-    turn = lambda x: jnp.where(x, jnp.cumsum(x), 0)  # noqa: E731
+    turn = lambda x: jnp.where(x, jnp.cumsum(x, dtype=jnp.int32), 0)  # noqa: E731
     filled = free[:, None] & moved & (turn(free)[:, None] == turn(moved))
     return jnp.argmax(stays | filled, axis=1).astype(jnp.int32)
 

@@ -156,7 +156,7 @@ def _plan_bound_of_layer(
         """Replicas lighter than those of any plan that has none above a limit; if there is one."""
         least = jnp.ceil(load / jnp.where(limit > 0, limit, jnp.inf) * _A_LITTLE_LESS)
         least = jnp.maximum(least, 1).astype(jnp.int32)
-        over = num_replicas - jnp.sum(least)
+        over = num_replicas - jnp.sum(least, dtype=jnp.int32)
         share = load / (least + jnp.maximum(over, 0)).astype(load.dtype)
         replicas = jnp.repeat(share, least, total_repeat_length=num_replicas)
         spare = jnp.arange(num_replicas, dtype=jnp.int32) >= num_replicas - over

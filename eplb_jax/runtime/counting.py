@@ -140,7 +140,8 @@ def history(num_windows: int, num_layers: int, num_experts: int) -> LoadHistory:
     shape = as_count("num_layers", num_layers), as_count("num_experts", num_experts)
     windows = jnp.zeros((num_windows, *shape), jnp.float32)
     # Arrays of their own, so that a caller can donate all of them.
-    return LoadHistory(windows, jnp.zeros(shape), jnp.zeros(shape), jnp.zeros((), jnp.int32))
+    current, rest = (jnp.zeros(shape, jnp.float32) for _ in range(2))
+    return LoadHistory(windows, current, rest, jnp.zeros((), jnp.int32))
 
 
 def recorded(past: LoadHistory, load: Num[Array, "L E"], steps_per_window: int = 1) -> LoadHistory:

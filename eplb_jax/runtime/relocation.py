@@ -239,9 +239,9 @@ def _is_plan(plan: Placement) -> Bool[Array, "*L"]:
         known = (phy2log >= 0) & (phy2log < num_experts)
         one = known.astype(jnp.int32)
         count = jnp.zeros(num_experts, jnp.int32).at[phy2log].add(one, mode="drop")
-        listed = jnp.arange(most) < logcnt[:, None]
+        listed = jnp.arange(most, dtype=jnp.int32) < logcnt[:, None]
         right = (log2phy >= 0) == listed
-        right &= ~listed | (phy2log[log2phy] == jnp.arange(num_experts)[:, None])
+        right &= ~listed | (phy2log[log2phy] == jnp.arange(num_experts, dtype=jnp.int32)[:, None])
         times = jnp.zeros(num_slots, jnp.int32)
         times = times.at[jnp.where(listed, log2phy, num_slots)].add(1, mode="drop")
         fits = jnp.all(known) & jnp.all(count > 0) & jnp.all(count == logcnt)

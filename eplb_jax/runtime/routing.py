@@ -123,7 +123,7 @@ def _slots(
         return _shared_out(ids, layer, given["split"], axis_name)
     count = layer.logcnt[expert]
     if choice == "random":
-        drawn = jax.random.uniform(given["key"], ids.shape) * count.astype(jnp.float32)
+        drawn = jax.random.uniform(given["key"], ids.shape, jnp.float32) * count.astype(jnp.float32)
         return layer.log2phy[expert, jnp.minimum(drawn.astype(jnp.int32), count - 1)]
     number = jnp.arange(math.prod(ids.shape[:-1]), dtype=jnp.int32).reshape(*ids.shape[:-1], 1)
     if choice == "occurrence":
@@ -155,7 +155,7 @@ def _sorted(ids: Int[Array, "... k"], num_experts: int) -> _Sorted:
         place = both - expert * place.size
     else:
         expert, place = lax.sort((expert, place), num_keys=1)
-    return _Sorted(expert, place, jnp.cumsum(count) - count, count)
+    return _Sorted(expert, place, jnp.cumsum(count, dtype=jnp.int32) - count, count)
 
 
 def _counts_elsewhere(
@@ -165,8 +165,9 @@ def _counts_elsewhere(
     if axis_name is None:
         return jnp.zeros_like(count), count
     counts = lax.all_gather(count, axis_name)
-    before = jnp.arange(counts.shape[0]) < lax.axis_index(axis_name)
-    return jnp.sum(jnp.where(before[:, None], counts, 0), axis=0), jnp.sum(counts, axis=0)
+    before = jnp.arange(counts.shape[0], dtype=jnp.int32) < lax.axis_index(axis_name)
+    earlier = jnp.where(before[:, None], counts, 0)
+    return tuple(jnp.sum(x, axis=0, dtype=jnp.int32) for x in (earlier, counts))
 
 
 def _occurrence(
@@ -194,17 +195,18 @@ def _shared_out(
     # The last slot ends where the expert's tokens do, whatever its shares add up to.
     whole = jnp.maximum(jnp.take_along_axis(share, layer.logcnt[:, None] - 1, axis=1), 1e-30)
     ends = jnp.round(share / whole * total[:-1, None].astype(jnp.float32)).astype(jnp.int32)
-    last = jnp.arange(listed.shape[1]) == layer.logcnt[:, None] - 1
+    replica = jnp.arange(listed.shape[1], dtype=jnp.int32)
+    last = replica == layer.logcnt[:, None] - 1
     ends = jnp.where(last, total[:-1, None], ends) - before[:-1, None]
     # In the order of experts and their slots: how many stretches end at or before a token.
     ends = order.start[:-1, None] + jnp.clip(ends, 0, order.load[:-1, None])
     row = jnp.where(listed, ends, order.place.size)
     passed = jnp.zeros(order.place.size, jnp.int32).at[row].add(1, mode="drop")
     # Slots in that same order.
-    number = jnp.cumsum(layer.logcnt) - layer.logcnt
-    row = jnp.where(listed, number[:, None] + jnp.arange(listed.shape[1]), num_slots)
+    number = jnp.cumsum(layer.logcnt, dtype=jnp.int32) - layer.logcnt
+    row = jnp.where(listed, number[:, None] + replica, num_slots)
     in_order = jnp.zeros(num_slots, jnp.int32).at[row].set(layer.log2phy, mode="drop")
-    slot = in_order[jnp.minimum(jnp.cumsum(passed), num_slots - 1)]
+    slot = in_order[jnp.minimum(jnp.cumsum(passed, dtype=jnp.int32), num_slots - 1)]
     return order.back(slot, ids.shape)
 
 

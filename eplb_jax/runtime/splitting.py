@@ -121,17 +121,17 @@ def _split_of_layer(
     alone = jnp.sum(jnp.where(can_split, 0, evenly).reshape(num_gpus, size), axis=1)
 
     # Those slots in a list; `used` is false where there are fewer.
-    place = jnp.cumsum(can_split) - 1
+    place = jnp.cumsum(can_split, dtype=jnp.int32) - 1
     all_slots = jnp.arange(num_slots, dtype=jnp.int32)
     slot = jnp.full(width, num_slots, jnp.int32)
     slot = slot.at[jnp.where(can_split, place, width)].set(all_slots, mode="drop")
     used = slot < num_slots
     slot = jnp.minimum(slot, num_slots - 1)
-    number = (jnp.cumsum(logcnt > 1) - 1)[phy2log[slot]]
+    number = (jnp.cumsum(logcnt > 1, dtype=jnp.int32) - 1)[phy2log[slot]]
     over_expert = _sums_by(jnp.where(used, number, width), width)
     over_gpu = _sums_by(jnp.where(used, slot // size, num_gpus), num_gpus)
     total = jnp.where(used, load[phy2log[slot]], 0)
-    curvature = jnp.where(used, over_gpu(jnp.ones(width)) / OVERSTEP, 1)
+    curvature = jnp.where(used, over_gpu(jnp.ones(width, jnp.float32)) / OVERSTEP, 1)
     share = 1 / (curvature * over_expert(1 / curvature))
 
     def step(_: Array, at: _Descent) -> _Descent:
@@ -144,7 +144,7 @@ def _split_of_layer(
         return _Descent(age + 1, now + age / (age + 2) * (now - at.now), now)
 
     first = jnp.where(used, evenly[slot], 0)
-    parts = lax.fori_loop(0, steps, step, _Descent(jnp.zeros(()), first, first)).now
+    parts = lax.fori_loop(0, steps, step, _Descent(jnp.zeros((), jnp.float32), first, first)).now
     whole = over_expert(parts)
     shares = jnp.where(whole > 0, parts / jnp.where(whole > 0, whole, 1), even[slot])
     shares = jnp.where(can_split, shares[jnp.maximum(place, 0)], even)
@@ -159,7 +159,9 @@ def _sums_by(key: Int32[Array, " m"], num_keys: int) -> Callable[[Array], Array]
     """What gives every entry the sum over the entries of its key, at most num_keys."""
 
     def scattered(values: Float[Array, " m"]) -> Float[Array, " m"]:
-        return jnp.zeros(num_keys + 1).at[key].add(values, mode="promise_in_bounds")[key]
+        return (
+            jnp.zeros(num_keys + 1, values.dtype).at[key].add(values, mode="promise_in_bounds")[key]
+        )
 
     def compared(values: Float[Array, " m"]) -> Float[Array, " m"]:
         return jnp.sum(jnp.where(key[:, None] == key, values, 0), axis=1)

@@ -68,7 +68,7 @@ def counted_once(tree: PyTree[Array], placement: Placement) -> PyTree[Array]:
         [7.0, 1.0, 0.0]
     """
     first = jnp.take_along_axis(placement.log2phy[..., 0], placement.phy2log, axis=-1)
-    is_first = first == jnp.arange(first.shape[-1])
+    is_first = first == jnp.arange(first.shape[-1], dtype=jnp.int32)
 
     def once(leaf: Array) -> Array:
         mask = is_first.reshape(is_first.shape + (1,) * (leaf.ndim - is_first.ndim))

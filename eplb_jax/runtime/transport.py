@@ -123,8 +123,10 @@ class Route(NamedTuple):
     @property
     def rounds(self) -> tuple[Array, Array]:
         """How many rounds of sending and of fetching there are, int32."""
-        sends, fetches = (jnp.sum(x != NONE, axis=1) for x in (self.send, self.fetch))
-        return jnp.max(sends).astype(jnp.int32), jnp.max(fetches).astype(jnp.int32)
+        sends, fetches = (
+            jnp.sum(x != NONE, axis=1, dtype=jnp.int32) for x in (self.send, self.fetch)
+        )
+        return jnp.max(sends), jnp.max(fetches)
 
 
 def route_of_copies(
@@ -138,7 +140,7 @@ def route_of_copies(
     size, slot = held_by.shape[1], jnp.arange(held.size, dtype=jnp.int32)
     at = jnp.full((num_experts, num_gpus), size, jnp.int32)
     at = at.at[held, slot // size].min(slot % size)
-    gpu = jnp.arange(num_gpus)[:, None]
+    gpu = jnp.arange(num_gpus, dtype=jnp.int32)[:, None]
     local = at[wanted_by, gpu]
     if held_by.shape == wanted_by.shape:
         local = jnp.where(held_by == wanted_by, jnp.arange(size, dtype=jnp.int32), local)
@@ -148,7 +150,7 @@ def route_of_copies(
     holders = jnp.cumsum(at < size, axis=1, dtype=jnp.int32)
     due = turn % jnp.maximum(holders[:, -1], 1) + 1
     sender = (at < size) & (holders == due[:, None]) & asked[:, None]
-    sends = sender[held_by, gpu] & (at[held_by, gpu] == jnp.arange(size))
+    sends = sender[held_by, gpu] & (at[held_by, gpu] == jnp.arange(size, dtype=jnp.int32))
     local = jnp.where(fetched, NONE, local)
     return Route(held_by, wanted_by, local, _listed(sends), _listed(fetched))
 

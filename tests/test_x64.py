@@ -1,0 +1,75 @@
+"""With 64-bit types enabled the same is computed in the same 32 bits."""
+
+from functools import cache
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import eplb_jax
+from eplb_jax import metrics, runtime
+from tests.helpers import QUICK, lognormal
+
+L, E, R, G = 2, 16, 24, 8
+LOAD = lognormal(L, E)
+IDS = np.random.default_rng(0).integers(0, E, (64, 4)).astype(np.int32)
+
+
+def plan(load=LOAD, **options):
+    return eplb_jax.rebalance_experts(load, R, 1, 1, G, strategy=QUICK, **options)
+
+
+@cache
+def old():
+    return plan(LOAD[::-1])
+
+
+@cache
+def new():
+    return plan()
+
+
+def mesh():
+    return jax.make_mesh((8,), ("expert",))
+
+
+def slots():
+    return np.take_along_axis(LOAD, np.asarray(old().phy2log), axis=1)
+
+
+CALLS = {
+    "windows": lambda: plan(np.stack([LOAD, LOAD[::-1]])),
+    "previous": lambda: plan(previous=old()),
+    "max_moves": lambda: plan(previous=old(), max_moves=3),
+    "hierarchical": lambda: eplb_jax.rebalance_experts(
+        LOAD, R, 4, 2, G, strategy=QUICK, previous=old()
+    ),
+    "gap": lambda: metrics.gap(LOAD, new(), G),
+    "moves": lambda: eplb_jax.moves(old(), new(), G, 2),
+    "load_of_slots": lambda: runtime.load_of_slots(IDS, new().phy2log[0], E),
+    "history": lambda: runtime.recorded(runtime.history(2, L, E), jnp.asarray(LOAD)),
+    "occurrence": lambda: runtime.to_physical(IDS, new().layer(0)),
+    "random": lambda: runtime.to_physical(IDS, new().layer(0), "random", key=jax.random.key(1)),
+    "nearest": lambda: runtime.nearest(new(), G, 2),
+    "split_load": lambda: runtime.split_load(LOAD, new(), G),
+    "split": lambda: runtime.to_physical(
+        IDS, new().layer(0), "split", split=jnp.ones(R, jnp.float32)
+    ),
+    "to_slots": lambda: runtime.to_slots(jnp.asarray(LOAD), new(), mesh()),
+    "relocate": lambda: runtime.relocate(slots(), old(), new(), mesh()),
+    "to_logical": lambda: runtime.to_logical(slots(), old(), mesh()),
+    "sum_replicas": lambda: runtime.sum_replicas(slots(), old(), mesh()),
+    "counted_once": lambda: runtime.counted_once(slots(), old()),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_results_are_the_same(name):
+    old(), new()
+    expected = CALLS[name]()
+    with jax.enable_x64(True):
+        got = CALLS[name]()
+    chex.assert_trees_all_equal_dtypes(got, expected)
+    chex.assert_trees_all_close(got, expected, rtol=1e-6, atol=1e-3)
