@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
+import eplb_jax
 from eplb_jax import runtime
+from tests.helpers import QUICK
 
 IDS = np.random.default_rng(0).integers(0, 12, (64, 4))
 WANTED = np.bincount(IDS.ravel(), minlength=16)
@@ -90,13 +92,11 @@ def test_history_neither_overflows_nor_stalls():
 
 
 def test_a_fresh_history_plans_as_if_those_windows_were_not_there():
-    import eplb_jax
-
     load = np.random.default_rng(3).lognormal(size=(1, 8)).astype(np.float32)
     past = runtime.recorded(runtime.history(3, 1, 8), jnp.asarray(load))
-    plan = eplb_jax.rebalance_experts(past.windows, 12, 1, 1, 4, strategy="fast")
+    plan = eplb_jax.rebalance_experts(past.windows, 12, 1, 1, 4, strategy=QUICK)
     alone = eplb_jax.rebalance_experts(
-        np.stack([0 * load, 0 * load, load]), 12, 1, 1, 4, strategy="fast"
+        np.stack([0 * load, 0 * load, load]), 12, 1, 1, 4, strategy=QUICK
     )
     np.testing.assert_array_equal(plan.phy2log, alone.phy2log)
     assert eplb_jax.metrics.balance(load, plan, 4).imbalance[0] < 0.2

@@ -45,7 +45,7 @@ def plan_of(phy2log, num_experts):
     return Placement(*(jnp.asarray(x, jnp.int32)[None] for x in (phy2log, log2phy, count)))
 
 
-def misfit(load, num_replicas, num_gpus, strategy="fast"):
+def misfit(load, num_replicas, num_gpus, strategy="greedy"):
     """A plan made for other loads, so that much is left to the split."""
     other = np.random.default_rng(1).permutation(load, axis=1)
     return eplb_jax.rebalance_experts(
@@ -55,14 +55,14 @@ def misfit(load, num_replicas, num_gpus, strategy="fast"):
 
 def next_window(name, past, coming, num_replicas, num_gpus):
     trace = eplb_jax.loads.example(name)
-    plan = eplb_jax.rebalance_experts(trace[past], num_replicas, 1, 1, num_gpus, strategy="fast")
+    plan = eplb_jax.rebalance_experts(trace[past], num_replicas, 1, 1, num_gpus, strategy="greedy")
     return trace[coming], plan, num_gpus
 
 
 def twenty_replicas():
     load = lognormal(4, 64)
     hot = np.where(np.arange(64) < 2, 30, load).astype(np.float32)
-    return load, eplb_jax.rebalance_experts(hot, 112, 1, 1, 16, strategy="fast"), 16
+    return load, eplb_jax.rebalance_experts(hot, 112, 1, 1, 16, strategy="greedy"), 16
 
 
 def chain():
@@ -121,7 +121,7 @@ def test_hard_loads():
     load[1, 3] = 5
     load[2] = 1
     load[3] = 3e38
-    plan = eplb_jax.rebalance_experts(lognormal(4, 16), 24, 1, 1, 4)
+    plan = eplb_jax.rebalance_experts(lognormal(4, 16), 24, 1, 1, 4, strategy="greedy")
     shares = np.asarray(runtime.split_load(load, plan, 4))
     count = np.take_along_axis(np.asarray(plan.logcnt), np.asarray(plan.phy2log), axis=1)
     np.testing.assert_allclose(shares[0], 1 / count[0])
@@ -133,7 +133,7 @@ def test_hard_loads():
 
 
 def test_nothing_to_split():
-    plan = eplb_jax.rebalance_experts(lognormal(2, 16), 16, 1, 1, 4)
+    plan = eplb_jax.rebalance_experts(lognormal(2, 16), 16, 1, 1, 4, strategy="greedy")
     np.testing.assert_array_equal(runtime.split_load(lognormal(2, 16), plan, 4), np.ones((2, 16)))
 
 
@@ -161,7 +161,7 @@ def test_layers_over_explicit_axes():
 
 
 def test_errors():
-    plan = eplb_jax.rebalance_experts(lognormal(2, 16), 24, 1, 1, 4)
+    plan = eplb_jax.rebalance_experts(lognormal(2, 16), 24, 1, 1, 4, strategy="greedy")
     for call, says in [
         (lambda: runtime.split_load(lognormal(2, 8), plan, 4), r"\(2, 8\), but the plan is for"),
         (lambda: runtime.split_load(lognormal(2, 16), plan, 5), "num_gpus=5 does not divide"),

@@ -17,8 +17,8 @@ LOAD = lognormal(L, E)
 IDS = np.random.default_rng(0).integers(0, E, (64, 4)).astype(np.int32)
 
 
-def plan(load=LOAD, **options):
-    return eplb_jax.rebalance_experts(load, R, 1, 1, G, strategy=QUICK, **options)
+def plan(load=LOAD, strategy="greedy", **options):
+    return eplb_jax.rebalance_experts(load, R, 1, 1, G, strategy=strategy, **options)
 
 
 @cache
@@ -40,11 +40,11 @@ def slots():
 
 
 CALLS = {
-    "windows": lambda: plan(np.stack([LOAD, LOAD[::-1]])),
+    "windows": lambda: plan(np.stack([LOAD, LOAD[::-1]]), QUICK),
     "previous": lambda: plan(previous=old()),
     "max_moves": lambda: plan(previous=old(), max_moves=3),
     "hierarchical": lambda: eplb_jax.rebalance_experts(
-        LOAD, R, 4, 2, G, strategy=QUICK, previous=old()
+        LOAD, R, 4, 2, G, strategy="greedy", previous=old()
     ),
     "gap": lambda: metrics.gap(LOAD, new(), G),
     "moves": lambda: eplb_jax.moves(old(), new(), G, 2),

@@ -166,8 +166,8 @@ def _counts_elsewhere(
         return jnp.zeros_like(count), count
     counts = lax.all_gather(count, axis_name)
     before = jnp.arange(counts.shape[0], dtype=jnp.int32) < lax.axis_index(axis_name)
-    earlier = jnp.where(before[:, None], counts, 0)
-    return tuple(jnp.sum(x, axis=0, dtype=jnp.int32) for x in (earlier, counts))
+    total = partial(jnp.sum, axis=0, dtype=jnp.int32)
+    return total(jnp.where(before[:, None], counts, 0)), total(counts)
 
 
 def _occurrence(
