@@ -3,10 +3,11 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int32
+from jaxtyping import Array, Bool, Int32
 
 from eplb_jax.sharding import by_layers
 from eplb_jax.types import Placement, Replication
+from eplb_jax.validation import can_be_seen
 
 
 @by_layers
@@ -26,8 +27,9 @@ def place(replicas: Replication) -> Placement:
 
 
 def counted(phy2log: Int32[Array, "L R"], num_experts: int) -> Int32[Array, "L E"]:
-    """How many replicas every expert has."""
-    return jax.vmap(lambda x: jnp.zeros(num_experts, jnp.int32).at[x].add(1))(phy2log)
+    """How many replicas every expert has; numbers past the last count for nothing."""
+    empty = jnp.zeros(num_experts, jnp.int32)
+    return jax.vmap(lambda x: empty.at[x].add(1, mode="drop"))(phy2log)
 
 
 def ranks_in(phy2log: Int32[Array, "L R"]) -> Int32[Array, "L R"]:
@@ -68,5 +70,36 @@ def check_placement(placement: Placement) -> None:
             raise ValueError(f"log2phy of layer {layer} lists another number of slots than logcnt")
         expert, column = np.nonzero(listed >= 0)
         slots = listed[expert, column]
-        if np.unique(slots).size != num_slots or not np.array_equal(experts[slots], expert):
+        whole = np.unique(slots).size == num_slots and slots.max() < num_slots
+        if not whole or not np.array_equal(experts[slots], expert):
             raise ValueError(f"log2phy of layer {layer} is not the inverse of phy2log")
+
+
+def check_plan(plan: Placement, name: str) -> None:
+    """Raise TypeError or ValueError unless it is a plan, of many layers or one, if it is seen."""
+    if not isinstance(plan, Placement):
+        raise TypeError(f"{name} must be a Placement, of rebalance_experts, got {plan!r}")
+    if not all(can_be_seen(x) for x in plan):
+        return
+    try:
+        check_placement(plan if plan.logcnt.ndim > 1 else Placement(*(x[None] for x in plan)))
+    except ValueError as error:
+        raise ValueError(f"{name} is no plan: {error}") from None
+
+
+def is_plan(plan: Placement) -> Bool[Array, "*L"]:
+    """What `check_placement` checks, layer by layer, of values that cannot be seen."""
+    num_slots, most = plan.phy2log.shape[-1], plan.log2phy.shape[-1]
+
+    def of_layer(phy2log: Array, log2phy: Array, logcnt: Array) -> Array:
+        expert = jnp.arange(logcnt.shape[0], dtype=jnp.int32)
+        known = (phy2log >= 0) & (phy2log < expert.size)
+        count = counted(jnp.where(known, phy2log, expert.size)[None], expert.size)[0]
+        listed = jnp.arange(most, dtype=jnp.int32) < logcnt[:, None]
+        right = (log2phy >= 0) == listed
+        right &= ~listed | (phy2log[log2phy] == expert[:, None])
+        times = counted(jnp.where(listed, log2phy, num_slots).reshape(1, -1), num_slots)
+        fits = jnp.all(known) & jnp.all(count > 0) & jnp.all(count == logcnt)
+        return fits & jnp.all(right) & jnp.all(times == 1)
+
+    return of_layer(*plan) if plan.logcnt.ndim == 1 else jax.vmap(of_layer)(*plan)

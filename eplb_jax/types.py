@@ -21,6 +21,9 @@ from typing import NamedTuple
 
 from jaxtyping import Array, Int32
 
+AxisName = str | tuple[str, ...]
+"""A mesh axis, or several that make up one, as `lax.psum` takes them."""
+
 
 class Packing(NamedTuple):
     """Which pack every item lies in, and its place there."""
@@ -53,5 +56,11 @@ class Placement(NamedTuple):
     logcnt: Int32[Array, "*L E"]
 
     def layer(self, index: int | Array) -> "Placement":
-        """The plan of one layer, as `lax.scan` over a plan hands it to its step."""
+        """The plan of one layer, as `lax.scan` over a plan hands it to its step.
+
+        Raises:
+            IndexError: There is no such layer.
+        """
+        if isinstance(index, int) and not -len(self.phy2log) <= index < len(self.phy2log):
+            raise IndexError(f"layer {index} of a plan of {len(self.phy2log)} layers")
         return Placement(*(x[index] for x in self))

@@ -52,6 +52,8 @@ def test_physical_ids_and_slot_counts_become_logical():
     counts = jnp.array([[1, 2, 3, 4, 5, 6], [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]], jnp.float32)
     load = jax.jit(runtime.load_of_counts, static_argnums=2)(counts, phy2log, 3)
     np.testing.assert_array_equal(load, [[11, 7, 3], [10, 8, 3]])
+    narrow = runtime.load_of_counts(jnp.full(6, 100, jnp.int8), phy2log[0], 3)
+    np.testing.assert_array_equal(narrow, [300, 200, 100])
 
 
 def test_counts_are_summed_over_mesh_axes():
@@ -73,6 +75,8 @@ def test_history_keeps_the_last_windows():
     past = step(past, loads[0], 2)
     np.testing.assert_array_equal(past.current, loads[0])
     assert step._cache_size() == 1
+    past = runtime.recorded(past, loads[1], 1)  # windows have become shorter
+    np.testing.assert_array_equal(past.windows[-1], loads[0] + loads[1])
 
 
 def test_history_neither_overflows_nor_stalls():

@@ -254,6 +254,29 @@ def test_faults_are_refused_before_anything_moves(mesh, fault):
     assert sum(kept) == 1
 
 
+def test_leaves_without_weights_and_odd_ones(mesh):
+    old, new = plan_of(0), plan_of(1)
+    odd = {
+        "flags": RNG.integers(0, 2, (L, E, 3)).astype(bool),
+        "eighth": np.asarray(jnp.asarray(RNG.normal(size=(L, E, 9)), jnp.float8_e4m3fn)),
+        "empty": np.zeros((L, E, 0), np.float32),
+    }
+    slots = runtime.to_slots(odd | {"bias": None}, old, mesh)
+    moved, _ = runtime.relocate(
+        slots, old, new, mesh, specs={"flags": None, **dict.fromkeys(["eighth", "empty", "bias"])}
+    )
+    assert moved.pop("bias") is None
+    assert_bits(moved, rows(odd, new))
+
+
+def test_layers_over_an_axis_are_refused():
+    """Each device would have some of the layers, and take them for all."""
+    mesh = jax.make_mesh((3, 2), ("pipe", "expert"), devices=jax.devices()[:6])
+    slots = jax.device_put(np.ones((L, R)), NamedSharding(mesh, P("pipe", "expert")))
+    with pytest.raises(ValueError, match=r"params lies as .*layers must not lie over an axis"):
+        runtime.relocate(slots, plan_of(0), plan_of(1), mesh)
+
+
 def test_errors(mesh):
     old, new = plan_of(0), plan_of(1)
     up = {"up": runtime.to_slots(LOGICAL, old, mesh)["up"]}
@@ -297,6 +320,8 @@ def test_errors(mesh):
     ]:
         with pytest.raises(error, match=says):
             call()
+    with pytest.raises(ValueError, match="a bool for each layer"):
+        runtime.some_layers(old, new, jnp.array([2]))
     # What lies on all devices alike is spread first.
     moved, _ = runtime.relocate({"up": elsewhere}, old, new, mesh)
     assert_bits(moved, {"up": rows(LOGICAL, new)["up"]})

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from scipy.optimize import linprog
 from scipy.sparse import coo_array
@@ -114,6 +115,29 @@ def test_next_windows_of_gpt_oss():
         even.append(metrics.balance(load, plan, 8).mean_imbalance)
         split.append(metrics.balance(load, plan, 8, split=shares).mean_imbalance)
     assert np.mean(split) < 0.3 * np.mean(even)
+
+
+def test_next_windows_of_v2_lite():
+    """At most 0.6 of the even split's imbalance."""
+    trace = eplb_jax.loads.example("deepseek_v2_lite")
+    even, split = [], []
+    for now in (10, 14, 18, 22, 26, 30):  # in the middle and at the end of tasks
+        plan = eplb_jax.rebalance_experts(trace[now - 8 : now], 72, 1, 1, 8, strategy="fast")
+        shares = runtime.split_load(trace[now], plan, 8)
+        even.append(metrics.balance(trace[now], plan, 8).mean_imbalance)
+        split.append(metrics.balance(trace[now], plan, 8, split=shares).mean_imbalance)
+    assert np.mean(split) < 0.6 * np.mean(even)
+
+
+def test_inside_shard_map():
+    """Of loads that differ from device to device, as JAX checks them."""
+    load, mesh = lognormal(8, 16), jax.make_mesh((8,), ("data",))
+    plan = misfit(load, 24, 4)
+    split = partial(runtime.split_load, num_gpus=4)
+    mapped = jax.shard_map(split, mesh=mesh, in_specs=(P("data"), P("data")), out_specs=P("data"))
+    lies = NamedSharding(mesh, P("data"))
+    shares = jax.jit(mapped)(*jax.device_put((load, plan), lies))
+    np.testing.assert_allclose(shares, split(load, plan), atol=1e-2)
 
 
 def test_hard_loads():

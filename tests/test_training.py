@@ -101,19 +101,36 @@ def test_gradients_of_logical_weights(plan, mesh):
         slope = RNG.normal(size=(L, layout.phy2log.shape[1], 5)).astype(np.float32)
         spread = jax.device_put(slope, over)
 
-        @jax.jit
-        def gradient(weights, layout=layout, spread=spread):
-            loss = lambda x: jnp.sum(runtime.to_slots(x, layout, mesh) * spread)  # noqa: E731
-            return jax.grad(loss)(weights)
+        def loss(weights, layout=layout, spread=spread):
+            return jnp.sum(runtime.to_slots({"up": weights}, layout, mesh)["up"] * spread)
 
         wanted = np.zeros((L, experts, 5))
         for layer, held in enumerate(np.asarray(layout.phy2log)):
             np.add.at(wanted[layer], held, slope[layer].astype(np.float64))
-        np.testing.assert_allclose(gradient(weights), wanted, atol=1e-5)
+        for gradient in (jax.jit(jax.grad(loss)), jax.grad(jax.jit(jax.checkpoint(loss)))):
+            with jax.set_mesh(mesh):
+                np.testing.assert_allclose(gradient(weights), wanted, atol=1e-5)
+
+
+def test_gradients_past_leaves_that_have_none(plan, mesh):
+    weights = {"up": jnp.ones((L, E, 3)), "quantised": jnp.ones((L, E), jnp.int8), "bias": None}
+
+    def loss(weights):
+        slots = runtime.to_slots(weights, plan, mesh)
+        assert slots["bias"] is None
+        return jnp.sum(slots["up"]) + jnp.sum(slots["quantised"].astype(jnp.float32))
+
+    got = jax.jit(jax.grad(loss, allow_int=True))(weights)["up"]
+    np.testing.assert_array_equal(got, np.repeat(plan.logcnt[..., None], 3, axis=2))
 
 
 def test_errors(plan, mesh):
     with pytest.raises(
-        ValueError, match=r"params has the shape \(2, 16\); .* begins with \(2, 24\)"
+        ValueError, match=r"grads has the shape \(2, 16\); .* begins with \(2, 24\)"
     ):
         runtime.sum_replicas(jnp.zeros((L, E)), plan, mesh)
+    with pytest.raises(ValueError, match=r"leaf of the shape \(24,\); .* begins with \(2, 24\)"):
+        runtime.counted_once(jnp.zeros(R), plan)
+    ones = plan._replace(logcnt=jnp.ones_like(plan.logcnt))
+    with pytest.raises(ValueError, match="placement is no plan: logcnt of layer 0"):
+        runtime.sum_replicas(jnp.zeros((L, R)), ones, mesh)

@@ -8,10 +8,8 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, Int32, Num
 
 from eplb_jax.sharding import spec_of, under_auto
+from eplb_jax.types import AxisName
 from eplb_jax.validation import as_count
-
-AxisName = str | tuple[str, ...]
-"""A mesh axis, or several that make up one, as `lax.psum` takes them."""
 
 
 def load_of_ids(
@@ -46,8 +44,8 @@ def load_of_ids(
     ids = jnp.asarray(ids)
     if not jnp.issubdtype(ids.dtype, jnp.integer):
         raise TypeError(f"ids must be whole numbers, got dtype {ids.dtype}")
-    ids = ids.astype(jnp.int32)  # num_experts need not fit in a smaller type
-    counted = (ids >= 0) & (ids < num_experts)
+    counted = is_expert(ids, num_experts)
+    ids = ids.astype(jnp.int32)
     if mask is not None:
         mask = jnp.asarray(mask, bool)
         if mask.shape not in (ids.shape, ids.shape[:-1]):
@@ -63,6 +61,13 @@ def load_of_ids(
 
     load = under_auto(count, PartitionSpec(), ids, counted)
     return load if axis_name is None else lax.psum(load, axis_name)
+
+
+def is_expert(ids: Int[Array, "..."], num_experts: int) -> Bool[Array, "..."]:
+    """Which ids are of experts; others, negative or not below E, are padding."""
+    # num_experts need not fit in a smaller type, nor an id in 32 bits.
+    wide = ids if jnp.dtype(ids.dtype).itemsize > 4 else ids.astype(jnp.int32)
+    return (wide >= 0) & (wide < num_experts)
 
 
 def load_of_slots(
@@ -99,7 +104,7 @@ def load_of_counts(
         axis_name: Mesh axes to sum over, inside `jax.shard_map`.
 
     Returns:
-        Loads, in the dtype of counts.
+        Loads, in the dtype of counts, or 32 bits where that has less.
 
     Raises:
         ValueError: Shapes differ.
@@ -109,6 +114,9 @@ def load_of_counts(
         [7, 3, 1]
     """
     num_experts = as_count("num_experts", num_experts)
+    if jnp.dtype(counts.dtype).itemsize < 4:
+        floats = jnp.issubdtype(counts.dtype, jnp.floating)
+        counts = counts.astype(jnp.float32 if floats else jnp.int32)
     if counts.shape != phy2log.shape:
         raise ValueError(f"counts have the shape {counts.shape}, but phy2log {phy2log.shape}")
     add = lambda x, to: jnp.zeros(num_experts, x.dtype).at[to].add(x)  # noqa: E731
@@ -174,7 +182,7 @@ def recorded(past: LoadHistory, load: Num[Array, "L E"], steps_per_window: int =
     gained = total - past.current
     rest = (past.current - (total - gained)) + (addend - gained)
     steps = past.steps + 1
-    complete = steps == steps_per_window
+    complete = steps >= steps_per_window
     windows = jnp.concatenate([past.windows[1:], total[None]])
     return LoadHistory(
         jnp.where(complete, windows, past.windows),

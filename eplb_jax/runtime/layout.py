@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -13,8 +14,10 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jax.tree_util import PyTreeDef, keystr
 from jaxtyping import Array, Bool, Int32, PyTree
 
-from eplb_jax.runtime.counting import AxisName
+from eplb_jax.placement import check_plan
 from eplb_jax.runtime.transport import axis_size, transported
+from eplb_jax.types import AxisName, Placement
+from eplb_jax.validation import check_divides
 
 
 @dataclass(frozen=True)
@@ -80,35 +83,29 @@ class Layout:
 
         return [from_host(x, spec) for x, spec in zip(leaves, self.specs, strict=True)]
 
-    def taken(self, leaves: list[Array], wanted: Int32[Array, "*L Z"]) -> list[Array]:
-        """The rows that are wanted, of tables that every device has whole."""
-        take = jax.vmap(lambda x, row: x[row]) if self.rows else lambda x, row: x[row]
-        take_all = lambda xs, row: [take(x, row) for x in xs]  # noqa: E731
-        whole = tuple(self._whole(spec) for spec in self.specs)
-        over = PartitionSpec(*(None,) * self.rows, self.axis_name)
-        return self._mapped(take_all, leaves, wanted, (whole, over), self.specs)
+    def taken(self, leaves: list[Array], rows: Int32[Array, "*L Z"]) -> list[Array]:
+        """These rows in slots, of tables that every device has whole."""
+        return _taken(*self._placed(leaves, rows, out=True), layout=self, out=True)
 
-    def gathered(self, leaves: list[Array], first: Int32[Array, "*L E"]) -> list[Array]:
-        """Tables that every device has whole, of these rows."""
-        take = jax.vmap(lambda x, row: x[row]) if self.rows else lambda x, row: x[row]
+    def gathered(self, leaves: list[Array], rows: Int32[Array, "*L Z"]) -> list[Array]:
+        """These rows, on every device."""
+        return _taken(*self._placed(leaves, rows, out=False), layout=self, out=False)
 
-        def gather_all(xs: list[Array], row: Array) -> list[Array]:
-            gather = lambda x: lax.all_gather(x, self.axis_name, axis=self.rows, tiled=True)  # noqa: E731
-            return [take(gather(x), row) for x in xs]
+    def _placed(self, leaves: list[Array], rows: Array, *, out: bool) -> tuple[list[Array], Array]:
+        specs, over = (self.whole, self.slots) if out else (self.specs, PartitionSpec())
+        leaves = [self._put(x, spec) for x, spec in zip(leaves, specs, strict=True)]
+        return leaves, self._put(jnp.asarray(rows), over)
 
-        whole = tuple(self._whole(spec) for spec in self.specs)
-        return self._mapped(gather_all, leaves, first, (self.specs, PartitionSpec()), whole)
+    @property
+    def whole(self) -> tuple[PartitionSpec, ...]:
+        """How leaves lie of which every device has all rows."""
+        before, after = slice(self.rows), slice(self.rows + 1, None)
+        return tuple(PartitionSpec(*x[before], None, *x[after]) for x in self.specs)
 
-    def _whole(self, spec: PartitionSpec) -> PartitionSpec:
-        return PartitionSpec(*spec[: self.rows], None, *spec[self.rows + 1 :])
-
-    def _mapped(self, function: Any, leaves: list[Array], row: Array, ins: Any, outs: Any) -> Any:
-        specs = (list(ins[0]), ins[1])
-        leaves = [self._put(x, spec) for x, spec in zip(leaves, ins[0], strict=True)]
-        mapped = jax.shard_map(
-            function, mesh=self.mesh, in_specs=specs, out_specs=list(outs), check_vma=False
-        )
-        return jax.jit(mapped)(leaves, self._put(jnp.asarray(row), ins[1]))
+    @property
+    def slots(self) -> PartitionSpec:
+        """How a map of slots lies."""
+        return PartitionSpec(*(None,) * self.rows, self.axis_name)
 
     def everywhere(self, array: Array | np.ndarray) -> Array:
         """The same array on every device."""
@@ -117,9 +114,31 @@ class Layout:
     def _put(self, array: Array, spec: PartitionSpec) -> Array:
         """The array where it is to lie, on meshes with automatic or with explicit axes."""
         sharding = NamedSharding(self.mesh, spec)
-        if all(kind == AxisType.Explicit for kind in self.mesh.axis_types):
+        kinds = dict(zip(self.mesh.axis_names, self.mesh.axis_types, strict=True))
+        named = [
+            name for x in spec if x is not None for name in ((x,) if isinstance(x, str) else x)
+        ]
+        if all(kinds[x] == AxisType.Explicit for x in named or kinds):
             return jax.sharding.reshard(array, sharding)
         return lax.with_sharding_constraint(array, sharding)
+
+
+@partial(jax.jit, static_argnames=("layout", "out"))
+def _taken(leaves: list[Array], rows: Array, *, layout: Layout, out: bool) -> list[Array]:
+    take = lambda x, row: x[row]  # noqa: E731
+    take = jax.vmap(take) if layout.rows else take
+
+    def on_device(xs: list[Array], row: Array) -> list[Array]:
+        if not out:
+            xs = [lax.all_gather(x, layout.axis_name, axis=layout.rows, tiled=True) for x in xs]
+        return [take(x, row) for x in xs]
+
+    whole, spread = list(layout.whole), list(layout.specs)
+    ins, outs = ((whole, layout.slots), spread) if out else ((spread, PartitionSpec()), whole)
+    mapped = jax.shard_map(
+        on_device, mesh=layout.mesh, in_specs=ins, out_specs=outs, check_vma=False
+    )
+    return mapped(leaves, rows)
 
 
 def layout_of(
@@ -128,38 +147,47 @@ def layout_of(
     mesh: Mesh,
     axis_name: AxisName,
     specs: PyTree[PartitionSpec] | None,
+    name: str,
 ) -> Layout:
-    """The layout of a tree whose leaves have rows of this shape, [L, S] or [S].
+    """The layout of an argument of this name, whose leaves have rows of this shape, [L, S] or [S].
 
     Raises:
-        ValueError: A leaf has other rows, or does not have them over `axis_name`; the mesh has no
-            such axis, or its size does not divide the rows.
+        ValueError: A leaf has other rows, does not have them over `axis_name`, or its layers over
+            any axis; the mesh has no such axis.
     """
     names = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
-    for name in names:
-        if name not in mesh.shape:
-            raise ValueError(f"axis_name={name!r} is no axis of the mesh; it has {mesh.axis_names}")
+    for axis in names:
+        if axis not in mesh.shape:
+            raise ValueError(f"axis_name={axis!r} is no axis of the mesh; it has {mesh.axis_names}")
     rows = len(shape) - 1
-    is_spec = lambda x: x is None or isinstance(x, PartitionSpec)  # noqa: E731
-    given = jax.tree.broadcast(specs, tree, is_leaf=is_spec)
+    none = lambda x: x is None  # noqa: E731
+    unseen = jax.tree.map(lambda x: PartitionSpec() if x is None else x, specs, is_leaf=none)
+    given = jax.tree.broadcast(unseen, tree, is_leaf=lambda x: isinstance(x, PartitionSpec))
     resolved = []
     for (path, leaf), spec in zip(
-        jax.tree.leaves_with_path(tree), jax.tree.leaves(given, is_leaf=is_spec), strict=True
+        jax.tree.leaves_with_path(tree),
+        jax.tree.leaves(given, is_leaf=lambda x: isinstance(x, PartitionSpec)),
+        strict=True,
     ):
+        title = name + keystr(path)
         if leaf.shape[: len(shape)] != tuple(shape):
             raise ValueError(
-                f"params{keystr(path)} has the shape {leaf.shape}; by the plan, it begins with "
-                f"{tuple(shape)}"
+                f"{title} has the shape {leaf.shape}; by the plan, it begins with {tuple(shape)}"
             )
-        spec = _seen(leaf, mesh) if spec is None else spec
+        spec = spec if any(spec) else _seen(leaf, mesh)
         spec = [*spec, *(None,) * (leaf.ndim - len(spec))]
         spec[rows] = axis_name if spec[rows] is None else spec[rows]
         spec = PartitionSpec(*spec)
         over = (spec[rows],) if isinstance(spec[rows], str) else spec[rows]
         if over != names:
             raise ValueError(
-                f"params{keystr(path)} lies as {spec}; its axis {rows}, of slots, must lie over "
+                f"{title} lies as {spec}; its axis {rows}, of slots, must lie over "
                 f"axis_name={axis_name!r}"
+            )
+        if rows and spec[0] is not None:
+            raise ValueError(
+                f"{title} lies as {spec}; its layers must not lie over an axis: relocate those of "
+                f"{spec[0]!r} by plans of their own"
             )
         resolved.append(spec)
     axis_name = axis_name if isinstance(axis_name, str) else names
@@ -173,3 +201,18 @@ def _seen(leaf: Array | np.ndarray, mesh: Mesh) -> PartitionSpec:
     if isinstance(sharding, NamedSharding) and sharding.mesh.shape == mesh.shape:
         return sharding.spec
     return PartitionSpec()
+
+
+def slot_layout(
+    params: PyTree[Array],
+    placement: Placement,
+    mesh: Mesh,
+    axis_name: AxisName,
+    specs: PyTree[PartitionSpec] | None,
+    name: str = "params",
+) -> Layout:
+    """The layout of weights in slot order, checked, and of a plan, as far as that can be seen."""
+    check_plan(placement, "placement")
+    layout = layout_of(params, placement.phy2log.shape, mesh, axis_name, specs, name)
+    check_divides("size of axis_name", layout.num_gpus, "slots", placement.phy2log.shape[-1])
+    return layout

@@ -1,5 +1,6 @@
 """Weights that follow a plan: from slots to slots, and between slots and checkpoints."""
 
+import dataclasses
 from typing import NamedTuple
 
 import jax
@@ -8,12 +9,11 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Int32, PyTree
 
-from eplb_jax.placement import check_placement
-from eplb_jax.runtime.counting import AxisName
-from eplb_jax.runtime.layout import Layout, layout_of
+from eplb_jax.placement import check_plan, is_plan
+from eplb_jax.runtime.layout import Layout, layout_of, slot_layout
 from eplb_jax.transition import moves
-from eplb_jax.types import Placement
-from eplb_jax.validation import can_be_seen, check_divides
+from eplb_jax.types import AxisName, Placement
+from eplb_jax.validation import as_count, can_be_seen, check_divides
 
 
 class Relocated(NamedTuple):
@@ -41,7 +41,8 @@ def relocate(
     copied there; others go by two all-to-alls of one row a round and device, as many rounds as the
     busiest device has rows to send and to fetch (`transport`): at most 2 (G - 1) / G rows a round
     leave a device, no table is gathered, layers without change do not even copy, and another
-    plan does not compile anything anew. Extra memory is two tables of one layer.
+    plan does not compile anything anew. Extra memory is three tables of one layer, over all
+    leaves.
 
     The plan that comes back lies on the mesh, and so should the first one,
     ``jax.device_put(plan, NamedSharding(mesh, PartitionSpec()))``, or the second call compiles
@@ -87,14 +88,17 @@ def relocate(
         >>> bool((moved["up"] == plan.phy2log * 10).all())
         True
     """
-    _check(old, "old")
-    _check(new, "new")
+    check_plan(old, "old")
+    check_plan(new, "new")
     for name, x, y in zip(Placement._fields, old, new, strict=True):
         if x.shape != y.shape:
             raise ValueError(f"{name} of new has the shape {y.shape}, but that of old {x.shape}")
     layout = slot_layout(params, old, mesh, axis_name, specs)
+    check_divides(
+        "num_nodes", as_count("num_nodes", num_nodes), "size of axis_name", layout.num_gpus
+    )
     old, new = (Placement(*(layout.everywhere(x) for x in plan)) for plan in (old, new))
-    plan = some_layers(old, new, _is_plan(old) & _is_plan(new))
+    plan = some_layers(old, new, is_plan(old) & is_plan(new))
     changes = jnp.any(old.phy2log != plan.phy2log, axis=-1)
     source = None
     if ragged:
@@ -112,6 +116,11 @@ def some_layers(old: Placement, new: Placement, layers: Bool[Array, "*L"]) -> Pl
     some_layers(plan, new, chosen), mesh)``, with the layers chosen as an array of booleans.
     """
     layers = jnp.asarray(layers)
+    if layers.dtype != bool or layers.shape != old.logcnt.shape[:-1]:
+        raise ValueError(
+            f"layers must hold a bool for each layer, of the shape {old.logcnt.shape[:-1]}, got "
+            f"{layers.dtype} {layers.shape}"
+        )
     choose = lambda x, y: jnp.where(jnp.expand_dims(layers, range(layers.ndim, x.ndim)), y, x)  # noqa: E731
     return Placement(*(choose(x, y) for x, y in zip(old, new, strict=True)))
 
@@ -139,37 +148,44 @@ def to_slots(
         >>> bool((slots == plan.phy2log * 10).all())
         True
     """
-    _check(placement, "placement")
-    shape = placement.logcnt.shape
-    layout = layout_of(logical, shape, mesh, axis_name, specs)
+    check_plan(placement, "placement")
+    layout = layout_of(logical, placement.logcnt.shape, mesh, axis_name, specs, "logical")
     check_divides("size of axis_name", layout.num_gpus, "slots", placement.phy2log.shape[-1])
-    leaves = jax.tree.leaves(logical)
-    if any(isinstance(x, np.ndarray) for x in leaves):
-        leaves = layout.read([np.asarray(x) for x in leaves], np.asarray(placement.phy2log))
-    elif shape[-1] % layout.num_gpus:
-        leaves = layout.taken(leaves, placement.phy2log)
+    leaves, seen = jax.tree.leaves(logical), can_be_seen(placement.phy2log)
+    if seen and all(isinstance(x, np.ndarray) for x in leaves):
+        leaves = layout.read(leaves, np.asarray(placement.phy2log))
+    elif placement.logcnt.shape[-1] % layout.num_gpus:
+        leaves = layout.taken([jnp.asarray(x) for x in leaves], placement.phy2log)
     else:
-        leaves = _copied_out(leaves, placement, layout)
+        leaves = _copied_out([jnp.asarray(x) for x in leaves], placement, layout)
     return jax.tree.unflatten(layout.tree, leaves)
 
 
 def _copied_out(leaves: list[Array], placement: Placement, layout: Layout) -> list[Array]:
     """Rows of logical tables in slot order; backwards, sums over the slots of an expert."""
-    experts, every = _all_experts(placement)
-    num_experts = experts.shape[-1]
+    num_experts = placement.logcnt.shape[-1]
+    inexact = [jnp.issubdtype(x.dtype, jnp.inexact) for x in leaves]
+
+    specs = tuple(x for x, y in zip(layout.specs, inexact, strict=True) if y)
+    of_floats = dataclasses.replace(layout, specs=specs)
 
     @jax.custom_vjp
-    def copied(leaves: list[Array], slots: Int32[Array, "*L R"]) -> list[Array]:
-        return layout.carried(leaves, experts, slots, every, num_experts)
+    def copied(leaves: list[Array], plan: Placement) -> list[Array]:
+        experts, every = _all_experts(plan)
+        return layout.carried(leaves, experts, plan.phy2log, every, num_experts)
 
-    def forward(leaves: list[Array], slots: Array) -> tuple[list[Array], Array]:
-        return copied(leaves, slots), slots
+    def forward(leaves: list[Array], plan: Placement) -> tuple[list[Array], Placement]:
+        return copied(leaves, plan), plan
 
-    def backward(slots: Array, grads: list[Array]) -> tuple[list[Array], None]:
-        return layout.carried(grads, slots, experts, every, num_experts, add=True), None
+    def backward(plan: Placement, grads: list[Array]) -> tuple[list[Array | None], None]:
+        experts, every = _all_experts(plan)
+        some = [x for x, y in zip(grads, inexact, strict=True) if y]
+        maps = plan.phy2log, experts, every, num_experts
+        sums = iter(of_floats.carried(some, *maps, add=True))
+        return [next(sums) if y else None for y in inexact], None
 
     copied.defvjp(forward, backward)
-    return copied(leaves, placement.phy2log)
+    return copied(leaves, placement)
 
 
 def to_logical(
@@ -184,9 +200,8 @@ def to_logical(
 
     The inverse of `to_slots`, and independent of any plan; experts are sharded over `axis_name` in
     order where its size divides E, and lie on all devices where it does not. Arguments and errors
-    are those of `relocate`.
+    are those of `relocate`; inside `jit`, where a plan cannot be seen, it must be one.
     """
-    _check(placement, "placement")
     layout = slot_layout(params, placement, mesh, axis_name, specs)
     leaves, experts = jax.tree.leaves(params), _all_experts(placement)
     if placement.logcnt.shape[-1] % layout.num_gpus:
@@ -197,54 +212,8 @@ def to_logical(
     return jax.tree.unflatten(layout.tree, leaves)
 
 
-def slot_layout(
-    params: PyTree[Array],
-    placement: Placement,
-    mesh: Mesh,
-    axis_name: AxisName,
-    specs: PyTree[PartitionSpec] | None,
-) -> Layout:
-    """The layout of weights in slot order, checked."""
-    layout = layout_of(params, placement.phy2log.shape, mesh, axis_name, specs)
-    check_divides("size of axis_name", layout.num_gpus, "slots", placement.phy2log.shape[-1])
-    return layout
-
-
 def _all_experts(placement: Placement) -> tuple[Int32[Array, "*L E"], Bool[Array, "*L"]]:
     """Logical order as a layout, and every layer."""
     shape = placement.logcnt.shape
     experts = jnp.arange(shape[-1], dtype=jnp.int32)
     return jnp.broadcast_to(experts, shape), jnp.ones(shape[:-1], bool)
-
-
-def _check(plan: Placement, name: str) -> None:
-    """Raise unless it is a plan, as far as that can be seen."""
-    if not isinstance(plan, Placement):
-        raise TypeError(f"{name} must be a Placement, of rebalance_experts, got {plan!r}")
-    if not all(can_be_seen(x) for x in plan):
-        return
-    whole = plan if plan.logcnt.ndim > 1 else Placement(*(x[None] for x in plan))
-    try:
-        check_placement(whole)
-    except ValueError as error:
-        raise ValueError(f"{name} is no plan: {error}") from None
-
-
-def _is_plan(plan: Placement) -> Bool[Array, "*L"]:
-    """What `check_placement` checks, layer by layer, of values that cannot be seen."""
-    num_slots, most = plan.phy2log.shape[-1], plan.log2phy.shape[-1]
-
-    def is_plan(phy2log: Array, log2phy: Array, logcnt: Array) -> Array:
-        num_experts = logcnt.shape[0]
-        known = (phy2log >= 0) & (phy2log < num_experts)
-        one = known.astype(jnp.int32)
-        count = jnp.zeros(num_experts, jnp.int32).at[phy2log].add(one, mode="drop")
-        listed = jnp.arange(most, dtype=jnp.int32) < logcnt[:, None]
-        right = (log2phy >= 0) == listed
-        right &= ~listed | (phy2log[log2phy] == jnp.arange(num_experts, dtype=jnp.int32)[:, None])
-        times = jnp.zeros(num_slots, jnp.int32)
-        times = times.at[jnp.where(listed, log2phy, num_slots)].add(1, mode="drop")
-        fits = jnp.all(known) & jnp.all(count > 0) & jnp.all(count == logcnt)
-        return fits & jnp.all(right) & jnp.all(times == 1)
-
-    return is_plan(*plan) if plan.logcnt.ndim == 1 else jax.vmap(is_plan)(*plan)

@@ -7,16 +7,17 @@ from typing import Any, Literal, NamedTuple, get_args
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int, Int32, Key
+from jaxtyping import Array, Float, Int, Int32, Key
 
-from eplb_jax.runtime.counting import AxisName
+from eplb_jax.runtime.counting import is_expert
 from eplb_jax.sharding import by_layers, spec_of, under_auto
-from eplb_jax.types import Placement
+from eplb_jax.types import AxisName, Placement
 from eplb_jax.validation import as_count, check_divides
 
 Choice = Literal["occurrence", "token", "random", "source", "split"]
 """How `to_physical` picks one of an expert's replicas."""
 
+_NEVER = 2**31 - 1
 _ONE_OPERAND = 2**31  # tokens x experts below this are sorted in half the time
 _NEEDS = {"random": ("key",), "source": ("table", "source"), "split": ("split",)}
 
@@ -56,8 +57,8 @@ def to_physical(
     its own tokens; outside, where ids are global, "occurrence" and "split" gather all to sort them.
 
     Args:
-        ids: Logical experts, below E, k of every token; negative ones, which mark padding, stay as
-            they are.
+        ids: Logical experts, k of every token. What is negative, or not below E, is padding, and -1
+            in the result.
         layer: The plan of this layer, ``plan.layer(i)``. Its maps are arrays: another plan does
             not compile anything anew.
         choice: One of the above.
@@ -75,8 +76,8 @@ def to_physical(
 
     Raises:
         TypeError: ids are not whole numbers.
-        ValueError: The choice is not known or lacks an argument, ids have no axis of tokens, or the
-            plan is of many layers.
+        ValueError: The choice is not known or lacks an argument, that has another shape or range,
+            ids have no axis of tokens, or the plan is of many layers.
 
     Example:
         >>> import eplb_jax
@@ -96,6 +97,16 @@ def to_physical(
         raise ValueError(
             f"layer is a plan of shape {layer.phy2log.shape}; give that of one layer: plan.layer(i)"
         )
+    num_experts, num_slots = layer.logcnt.shape[0], layer.phy2log.shape[0]
+    if choice == "split" and split is not None and split.shape != (num_slots,):
+        raise ValueError(f"split has the shape {split.shape}, but there are {num_slots} slots")
+    if choice == "source" and table is not None:
+        shape = table.shape
+        if len(shape) != 2 or shape[0] != num_experts:
+            raise ValueError(f"table has the shape {shape}, not [{num_experts}, GPUs] of a layer")
+        if isinstance(source, int) and not 0 <= source < shape[1]:
+            raise ValueError(f"source={source} is none of {shape[1]} GPUs; nearest: {shape[1] - 1}")
+    layer = Placement(*(jnp.asarray(x) for x in layer))
     ids = jnp.asarray(ids)
     if not jnp.issubdtype(ids.dtype, jnp.integer):
         raise TypeError(f"ids must be whole numbers, got dtype {ids.dtype}")
@@ -103,8 +114,9 @@ def to_physical(
         raise ValueError(f"ids must have the shape [tokens, k], got {ids.shape}")
 
     def slots(ids: Array, layer: Placement, given: dict) -> Array:
-        slot = _slots(ids, layer, choice, axis_name, given)
-        return jnp.where(ids < 0, ids.astype(jnp.int32), slot)
+        live = is_expert(ids, num_experts)
+        ids = jnp.where(live, ids.astype(jnp.int32), -1)
+        return jnp.where(live, _slots(ids, layer, choice, axis_name, given), -1)
 
     return under_auto(slots, spec_of(ids), ids, layer, given)
 
@@ -116,7 +128,7 @@ def _slots(
     axis_name: AxisName | None,
     given: dict[str, Any],
 ) -> Int32[Array, "... k"]:
-    expert = jnp.maximum(ids.astype(jnp.int32), 0)
+    expert = jnp.maximum(ids, 0)
     if choice == "source":
         return given["table"][expert, given["source"]]
     if choice == "split":
@@ -146,7 +158,7 @@ class _Sorted(NamedTuple):
 
 
 def _sorted(ids: Int[Array, "... k"], num_experts: int) -> _Sorted:
-    expert = jnp.where(ids < 0, num_experts, ids.astype(jnp.int32)).reshape(-1)
+    expert = jnp.where(ids < 0, num_experts, ids).reshape(-1)
     place = jnp.arange(expert.size, dtype=jnp.int32)
     count = jnp.zeros(num_experts + 1, jnp.int32).at[expert].add(1)
     if expert.size * (num_experts + 1) < _ONE_OPERAND:
@@ -210,15 +222,15 @@ def _shared_out(
     return order.back(slot, ids.shape)
 
 
-def nearest(placement: Placement, num_gpus: int, num_nodes: int = 1) -> Int32[Array, "L E G"]:
+def nearest(placement: Placement, num_gpus: int, num_nodes: int = 1) -> Int32[Array, "*L E G"]:
     """The slot to which every GPU sends the tokens of an expert: the nearest replica.
 
-    That on the same GPU; else one on the same node, in turn over the node's other GPUs; else any
-    in turn. GPUs are dealt out to replicas as evenly as that allows, so tokens are even where
-    every GPU routes alike. A second replica on one GPU gets no tokens.
+    That on the same GPU; else one on the same node; else any: of several the one that fewest GPUs
+    send to so far. So tokens are as even as that allows where every GPU routes alike. A second
+    replica on one GPU gets no tokens.
 
     Args:
-        placement: The plan, of all layers.
+        placement: The plan, of all layers or of one.
         num_gpus: G; divides R.
         num_nodes: N; divides G.
 
@@ -234,6 +246,9 @@ def nearest(placement: Placement, num_gpus: int, num_nodes: int = 1) -> Int32[Ar
     num_gpus, num_nodes = as_count("num_gpus", num_gpus), as_count("num_nodes", num_nodes)
     check_divides("num_gpus", num_gpus, "number of slots", placement.phy2log.shape[-1])
     check_divides("num_nodes", num_nodes, "num_gpus", num_gpus)
+    if placement.logcnt.ndim == 1:
+        placement = Placement(*(x[None] for x in placement))
+        return _nearest(placement, num_gpus=num_gpus, num_nodes=num_nodes)[0]
     return _nearest(placement, num_gpus=num_gpus, num_nodes=num_nodes)
 
 
@@ -241,28 +256,37 @@ def nearest(placement: Placement, num_gpus: int, num_nodes: int = 1) -> Int32[Ar
 @partial(jax.jit, static_argnames=("num_gpus", "num_nodes"))
 def _nearest(placement: Placement, *, num_gpus: int, num_nodes: int) -> Int32[Array, "L E G"]:
     num_experts = placement.logcnt.shape[-1]
+    gpus = jnp.arange(num_gpus, dtype=jnp.int32)
+    same_node = (gpus[:, None] // (num_gpus // num_nodes)) == gpus // (num_gpus // num_nodes)
+    # Of equals the first from another GPU on for every expert.
+    number = (gpus + jnp.arange(num_experts, dtype=jnp.int32)[:, None]) % num_gpus
 
     def table(phy2log: Int32[Array, " R"]) -> Int32[Array, "E G"]:
         slot = jnp.arange(phy2log.size, dtype=jnp.int32)
         gpu = slot // (phy2log.size // num_gpus)
         on = jnp.full((num_experts, num_gpus), phy2log.size, jnp.int32).at[phy2log, gpu].min(slot)
-        by_node = on.reshape(num_experts, num_nodes, -1)
-        held = by_node < phy2log.size
-        here = jnp.any(held, axis=2, keepdims=True)
-        in_node = _in_turn(by_node, held, ~held)
-        apart = jnp.broadcast_to(~here, held.shape).reshape(on.shape)
-        anywhere = _in_turn(on, held.reshape(on.shape), apart).reshape(held.shape)
-        near = jnp.where(held, by_node, jnp.where(here, in_node, anywhere))
-        return near.reshape(on.shape)
+        held = on < phy2log.size
+        on_node = jnp.any(held[:, None] & same_node, axis=2)
+
+        def choose(step: Array, dealt: _Dealt) -> _Dealt:
+            # Nodes first, then those from elsewhere, who have the choice.
+            gpu, far = step % num_gpus, step >= num_gpus
+            mine = ~held[:, gpu] & (on_node[:, gpu] != far)
+            near = held & (same_node[gpu] | far)
+            taken = jnp.where(near, dealt.clients * num_gpus + number, _NEVER)
+            best = jnp.argmin(taken, axis=1).astype(jnp.int32)
+            clients = dealt.clients + (mine[:, None] & (gpus == best[:, None])).astype(jnp.int32)
+            return _Dealt(clients, dealt.to.at[:, gpu].set(jnp.where(mine, best, dealt.to[:, gpu])))
+
+        start = _Dealt(held.astype(jnp.int32), jnp.broadcast_to(gpus, held.shape))
+        to = lax.fori_loop(0, 2 * num_gpus, choose, start).to
+        return jnp.take_along_axis(on, to, axis=1)
 
     return jax.vmap(table)(placement.phy2log)
 
 
-def _in_turn(
-    slots: Int32[Array, "... G"], held: Bool[Array, "... G"], asking: Bool[Array, "... G"]
-) -> Int32[Array, "... G"]:
-    """For the GPUs that ask, in order, the slots of those that hold the expert, in turn."""
-    number = jnp.cumsum(asking, axis=-1, dtype=jnp.int32) - 1
-    have = jnp.sum(held, axis=-1, keepdims=True, dtype=jnp.int32)
-    index = jnp.maximum(number, 0) % jnp.maximum(have, 1)
-    return jnp.take_along_axis(jnp.sort(slots, axis=-1), index, axis=-1)
+class _Dealt(NamedTuple):
+    """Carry of `nearest`: how many GPUs send to every replica's, and where each one sends."""
+
+    clients: Int32[Array, "E G"]
+    to: Int32[Array, "E G"]

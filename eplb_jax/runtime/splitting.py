@@ -40,7 +40,7 @@ def split_load(
 
     Returns:
         Shares, float32 [L, R] or [R], that add up to 1 over the slots of an expert; even ones where
-        it has no load. No heavier GPU than by even shares.
+        it has no load. No heavier GPU than by even shares, to rounding.
 
     Raises:
         TypeError: An argument is of the wrong kind.
@@ -144,7 +144,9 @@ def _split_of_layer(
         return _Descent(age + 1, now + age / (age + 2) * (now - at.now), now)
 
     first = jnp.where(used, evenly[slot], 0)
-    parts = lax.fori_loop(0, steps, step, _Descent(jnp.zeros((), jnp.float32), first, first)).now
+    # Its age varies over devices where the load does, as `jax.shard_map` wants to see.
+    start = _Descent(0 * jnp.sum(first), first, first)
+    parts = lax.fori_loop(0, steps, step, start).now
     whole = over_expert(parts)
     shares = jnp.where(whole > 0, parts / jnp.where(whole > 0, whole, 1), even[slot])
     shares = jnp.where(can_split, shares[jnp.maximum(place, 0)], even)
@@ -152,7 +154,8 @@ def _split_of_layer(
     def heaviest(shares: Float[Array, " R"]) -> Float[Array, ""]:
         return jnp.max(jnp.sum((shares * load[phy2log]).reshape(num_gpus, size), axis=1))
 
-    return jnp.where(heaviest(shares) > heaviest(even), even, shares)
+    # Where one expert alone makes the heaviest GPU, all others are evened out, too.
+    return jnp.where(heaviest(shares) > heaviest(even) * (1 + 1e-6), even, shares)
 
 
 def _sums_by(key: Int32[Array, " m"], num_keys: int) -> Callable[[Array], Array]:

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, PyTree
 
-from eplb_jax.runtime.counting import AxisName
-from eplb_jax.runtime.relocation import slot_layout
-from eplb_jax.types import Placement
+from eplb_jax.placement import check_plan, counted
+from eplb_jax.runtime.layout import slot_layout
+from eplb_jax.types import AxisName, Placement
 
 
 def sum_replicas(
@@ -22,9 +22,9 @@ def sum_replicas(
 
     Each replica has seen other tokens. Call it before anything that looks at gradients; an
     optimizer that treats slots alike then keeps weights and moments of replicas equal bit for bit,
-    as the sum is formed once and copied: no drift, and no broadcast after the step. Only rows of
-    experts with replicas leave their device, each twice, (G - 1) / G of it. Sums are formed in
-    float32, or wider.
+    as the sum is formed once, in float32 or wider, and copied: no drift, and no broadcast after the
+    step. Rows travel as in `relocate`, in as many rounds as the busiest device has slots of experts
+    with replicas; other experts stay where they are. Not to be differentiated.
 
     Args:
         grads: Leaves [L, R, ...] or, for the plan of one layer, [R, ...], as of `relocate`.
@@ -43,9 +43,10 @@ def sum_replicas(
         >>> sum_replicas(jnp.array([5.0, 1.0, 2.0]), Placement(*maps), mesh).tolist()
         [7.0, 1.0, 7.0]
     """
-    layout = slot_layout(grads, placement, mesh, axis_name, specs)
-    held, changes = placement.phy2log, jnp.any(placement.logcnt > 1, axis=-1)
-    num_experts = placement.logcnt.shape[-1]
+    layout = slot_layout(grads, placement, mesh, axis_name, specs, "grads")
+    held, num_experts = placement.phy2log, placement.logcnt.shape[-1]
+    count = counted(jnp.atleast_2d(held), num_experts).reshape(placement.logcnt.shape)
+    changes = jnp.any(count > 1, axis=-1)
     leaves = jax.tree.leaves(grads)
     leaves = layout.carried(leaves, held, held, changes, num_experts, add=True)
     return jax.tree.unflatten(layout.tree, leaves)
@@ -61,16 +62,25 @@ def counted_once(tree: PyTree[Array], placement: Placement) -> PyTree[Array]:
         tree: Leaves [L, R, ...], or [R, ...] for the plan of one layer.
         placement: The plan that they follow.
 
+    Raises:
+        ValueError: A leaf has another shape, or the plan is none.
+
     Example:
         >>> from eplb_jax.types import Placement
         >>> maps = jnp.array([0, 1, 0]), jnp.array([[0, 2], [1, -1]]), jnp.array([2, 1])
         >>> counted_once(jnp.array([7.0, 1.0, 7.0]), Placement(*maps)).tolist()
         [7.0, 1.0, 0.0]
     """
+    check_plan(placement, "placement")
     first = jnp.take_along_axis(placement.log2phy[..., 0], placement.phy2log, axis=-1)
     is_first = first == jnp.arange(first.shape[-1], dtype=jnp.int32)
 
     def once(leaf: Array) -> Array:
+        if leaf.shape[: is_first.ndim] != is_first.shape:
+            raise ValueError(
+                f"tree has a leaf of the shape {leaf.shape}; by the plan, it begins with "
+                f"{is_first.shape}"
+            )
         mask = is_first.reshape(is_first.shape + (1,) * (leaf.ndim - is_first.ndim))
         return jnp.where(mask, leaf, jnp.zeros((), leaf.dtype))
 

@@ -5,11 +5,11 @@ matter of small integer maps that every device has, so all agree without a word,
 in the same executable.
 
 A row travels in two hops. Its sender cuts it into G chunks, one for every device; each device then
-hands its chunk to all that want the row. A round of either hop is one all-to-all of one row per
-device, whichever pairs of devices the rows go between, and there are as many rounds as the busiest
-device has rows to send, or to fetch: none where nothing moves. An expert that goes to many devices
-is sent once. Chunks of replicas can be added up on the way, once and for all replicas alike, which
-leaves these equal bit for bit.
+hands its chunk to all that want the row. A round of either hop is one all-to-all of one row from
+every device, whether it has one to send or not and whichever pairs of devices the rows go between;
+there are as many rounds as the busiest device has rows to send, or to fetch, and none where nothing
+moves. An expert that goes to many devices is sent once. Chunks of replicas can be added up on the
+way, once and for all replicas alike, which leaves these equal bit for bit.
 
 Where XLA has a ragged all-to-all, on GPUs and TPUs, copies can go in one hop instead, from the very
 slots that `eplb_jax.moves` names.
@@ -26,7 +26,7 @@ from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Int32
 
-from eplb_jax.runtime.counting import AxisName
+from eplb_jax.types import AxisName
 
 NONE = -1
 
@@ -205,8 +205,12 @@ def _carried(
         row = jnp.pad(row.astype(wide).reshape(-1), (0, num_gpus * chunk - row.size))
         got = lax.all_to_all(row.reshape(num_gpus, chunk), axis_name, 0, 0)
         sent = jnp.take_along_axis(route.held, jnp.maximum(slot, 0)[:, None], axis=1)[:, 0]
-        place = store.at[jnp.where(slot == NONE, num_experts, sent)]
-        return place.add(got, mode="drop") if add else place.set(got, mode="drop")
+        sent = jnp.where(slot == NONE, num_experts, sent)
+        if not add:
+            return store.at[sent].set(got, mode="drop")
+        # One after the other: a scatter of equal indices adds in any order on a GPU.
+        one = lambda i, store: store.at[sent[i]].add(got[i], mode="drop")  # noqa: E731
+        return lax.fori_loop(0, num_gpus, one, store)
 
     def deliver(number: Array, rows: Array) -> Array:
         slot = route.fetch[:, number]
