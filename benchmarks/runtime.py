@@ -141,7 +141,7 @@ def costs(console: Console) -> None:
     table = Table(title="4096 tokens x 8 of 256 experts", min_width=34)
     table.add_column("choice")
     table.add_column("us", justify="right")
-    nearest = runtime.nearest(jax.tree.map(lambda x: x[None], plan), 32)[0]
+    nearest = runtime.nearest(plan, 32)
     split = runtime.split_load(load[0], plan, 32)
     choices: dict[Choice, dict[str, Any]] = {
         "occurrence": {},
@@ -202,18 +202,19 @@ def splitting(console: Console) -> None:
 
 def moving(console: Console) -> None:
     """Rows that `relocate` sends over eight devices, beside those that have to move."""
-    mesh = jax.make_mesh((8,), ("expert",))
+    devices = jax.devices() if jax.device_count() >= 8 else jax.devices("cpu")
+    kind = devices[0].platform
+    mesh = jax.make_mesh((8,), ("expert",), devices=devices[:8])
     trace = eplb_jax.loads.example("gpt_oss_20b")
-    table = Table(title="gpt-oss-20b, 24 layers, 32 experts in 40 slots, 8 devices, rows of 1 MB")
-    columns = ("new plan", "rows moved", "sent, two hops", "rounds a layer", "all-gather", "ms")
+    table = Table(title=f"gpt-oss-20b, 24 layers, 40 slots, 8 devices ({kind}), rows of 1 MB")
+    columns = ("new plan", "rows moved", "sent, two hops", "rounds a layer", "ms", "ms, ragged")
     for name in columns:
         table.add_column(name, justify="left" if name == columns[0] else "right")
     old = eplb_jax.rebalance_experts(trace[:8], 40, 1, 1, 8)
     everywhere = NamedSharding(mesh, PartitionSpec())
-    width = 1 << 18  # float32
-    blank = np.broadcast_to(np.float32(1), (24, 32, width))
-    weights = runtime.to_slots(blank, old, mesh)
-    move = jax.jit(partial(runtime.relocate, mesh=mesh), donate_argnums=0)
+    rows = np.broadcast_to(np.arange(32, dtype=np.float32)[:, None], (24, 32, 1 << 18))
+    move = jax.jit(partial(runtime.relocate, mesh=mesh), static_argnames="ragged", donate_argnums=0)
+    route = jax.jit(jax.vmap(lambda x, y: route_of_copies(x, y, 32, 8).rounds))
     for name, options in {
         "the same": {"previous": old, "max_moves": 0},
         "max_moves=4": {"previous": old, "max_moves": 4},
@@ -222,26 +223,23 @@ def moving(console: Console) -> None:
         "without previous": {},
     }.items():
         new = eplb_jax.rebalance_experts(trace[8:16], 40, 1, 1, 8, **options)
-        received = np.asarray(eplb_jax.moves(old, new, 8).received)
-        rounds = np.stack([rounds_of(old, new, layer) for layer in range(24)])
-        sent = rounds.sum() * 8 * 7 / 8
+        received = int(eplb_jax.moves(old, new, 8).received.sum())
+        sends, fetches = (np.asarray(x) for x in route(old.phy2log, new.phy2log))
         plans = jax.device_put((old, new), everywhere)
-        times = []
-        for _ in range(4):  # what the rows hold does not matter here
-            start = time.perf_counter()
-            weights = jax.block_until_ready(move(weights, *plans).params)
-            times.append(time.perf_counter() - start)
-        took = statistics.median(times[1:])
-        busiest = f"{rounds[:, 0].mean():.1f} + {rounds[:, 1].mean():.1f}"
-        counts = f"{received.sum()}", f"{sent:.0f}", busiest, f"{24 * 40 * 7}"
-        table.add_row(name, *counts, f"{took * 1e3:.0f}")
+        took = {}
+        for ragged in (False,) if kind == "cpu" else (False, True):
+            times = []
+            for _ in range(4):
+                weights = runtime.to_slots(rows, old, mesh)
+                start = time.perf_counter()
+                weights = jax.block_until_ready(move(weights, *plans, ragged=ragged).params)
+                times.append(time.perf_counter() - start)
+                assert (np.asarray(weights[..., 0]) == np.asarray(new.phy2log)).all()
+            took[ragged] = f"{1e3 * statistics.median(times[1:]):.0f}"
+        busiest = f"{sends.mean():.1f} + {fetches.mean():.1f}"
+        sent = (sends + fetches).sum() * 8 * 7 / 8
+        table.add_row(name, f"{received}", f"{sent:.0f}", busiest, took[False], took.get(True))
     console.print(table)
-
-
-def rounds_of(old: eplb_jax.Placement, new: eplb_jax.Placement, layer: int) -> tuple[int, int]:
-    route = route_of_copies(old.phy2log[layer], new.phy2log[layer], 32, 8)
-    sends, fetches = route.rounds
-    return int(sends), int(fetches)
 
 
 def main() -> None:

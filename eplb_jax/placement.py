@@ -87,6 +87,7 @@ def check_plan(plan: Placement, name: str) -> None:
         raise ValueError(f"{name} is no plan: {error}") from None
 
 
+@jax.jit
 def is_plan(plan: Placement) -> Bool[Array, "*L"]:
     """What `check_placement` checks, layer by layer, of values that cannot be seen."""
     num_slots, most = plan.phy2log.shape[-1], plan.log2phy.shape[-1]

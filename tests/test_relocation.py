@@ -22,8 +22,6 @@ RNG = np.random.default_rng(0)
 LOGICAL = {
     "up": RNG.normal(size=(L, E, 4, 6)).astype(np.float32),
     "bias": -np.zeros((L, E), np.float32),  # whose sign a sum would lose
-    "moment": np.asarray(jnp.asarray(RNG.normal(size=(L, E, 5)), jnp.bfloat16)),
-    "quantised": RNG.integers(-9, 9, (L, E, 3)).astype(np.int8),
 }
 MESHES = {
     "one axis": ((8,), ("expert",), "expert", None),
@@ -31,7 +29,7 @@ MESHES = {
         (4, 2),
         ("expert", "tensor"),
         "expert",
-        {"up": P(None, "expert", None, "tensor"), "bias": None, "moment": None, "quantised": None},
+        {"up": P(None, "expert", None, "tensor"), "bias": None},
     ),
     "two axes as one": ((2, 4), ("data", "model"), ("data", "model"), None),
 }
@@ -257,14 +255,13 @@ def test_faults_are_refused_before_anything_moves(mesh, fault):
 def test_leaves_without_weights_and_odd_ones(mesh):
     old, new = plan_of(0), plan_of(1)
     odd = {
+        "half": np.asarray(jnp.asarray(RNG.normal(size=(L, E, 5)), jnp.bfloat16)),
         "flags": RNG.integers(0, 2, (L, E, 3)).astype(bool),
         "eighth": np.asarray(jnp.asarray(RNG.normal(size=(L, E, 9)), jnp.float8_e4m3fn)),
         "empty": np.zeros((L, E, 0), np.float32),
     }
     slots = runtime.to_slots(odd | {"bias": None}, old, mesh)
-    moved, _ = runtime.relocate(
-        slots, old, new, mesh, specs={"flags": None, **dict.fromkeys(["eighth", "empty", "bias"])}
-    )
+    moved, _ = runtime.relocate(slots, old, new, mesh, specs=dict.fromkeys([*odd, "bias"]))
     assert moved.pop("bias") is None
     assert_bits(moved, rows(odd, new))
 

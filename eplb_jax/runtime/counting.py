@@ -1,7 +1,9 @@
 """Loads of experts, counted inside a running model: per step, per mesh, over past windows."""
 
+from functools import partial
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
@@ -44,8 +46,6 @@ def load_of_ids(
     ids = jnp.asarray(ids)
     if not jnp.issubdtype(ids.dtype, jnp.integer):
         raise TypeError(f"ids must be whole numbers, got dtype {ids.dtype}")
-    counted = is_expert(ids, num_experts)
-    ids = ids.astype(jnp.int32)
     if mask is not None:
         mask = jnp.asarray(mask, bool)
         if mask.shape not in (ids.shape, ids.shape[:-1]):
@@ -53,14 +53,19 @@ def load_of_ids(
                 f"mask must have the shape of ids, {ids.shape}, or of its tokens, "
                 f"{ids.shape[:-1]}, got {mask.shape}"
             )
-        counted &= mask if mask.shape == ids.shape else mask[..., None]
-
-    def count(ids: Array, counted: Array) -> Array:
-        row = jnp.where(counted, ids, num_experts)  # past the last
-        return jnp.zeros(num_experts, jnp.int32).at[row].add(1, mode="drop")
-
-    load = under_auto(count, PartitionSpec(), ids, counted)
+    load = under_auto(partial(_load, num_experts=num_experts), PartitionSpec(), ids, mask)
     return load if axis_name is None else lax.psum(load, axis_name)
+
+
+@partial(jax.jit, static_argnames="num_experts")
+def _load(
+    ids: Int[Array, "... k"], mask: Bool[Array, "..."] | None, *, num_experts: int
+) -> Int32[Array, " E"]:
+    counted = is_expert(ids, num_experts)
+    if mask is not None:
+        counted &= mask if mask.shape == ids.shape else mask[..., None]
+    row = jnp.where(counted, ids.astype(jnp.int32), num_experts)  # past the last
+    return jnp.zeros(num_experts, jnp.int32).at[row].add(1, mode="drop")
 
 
 def is_expert(ids: Int[Array, "..."], num_experts: int) -> Bool[Array, "..."]:
@@ -176,6 +181,11 @@ def recorded(past: LoadHistory, load: Num[Array, "L E"], steps_per_window: int =
     steps_per_window = as_count("steps_per_window", steps_per_window)
     if load.shape != past.current.shape:
         raise ValueError(f"load has the shape {load.shape}, the history's {past.current.shape}")
+    return _recorded(past, load, steps_per_window=steps_per_window)
+
+
+@partial(jax.jit, static_argnames="steps_per_window")
+def _recorded(past: LoadHistory, load: Num[Array, "L E"], *, steps_per_window: int) -> LoadHistory:
     addend = load.astype(jnp.float32) + past.rest
     total = past.current + addend
     # Knuth's two-sum: what `total` lost of either operand.

@@ -121,6 +121,11 @@ def some_layers(old: Placement, new: Placement, layers: Bool[Array, "*L"]) -> Pl
             f"layers must hold a bool for each layer, of the shape {old.logcnt.shape[:-1]}, got "
             f"{layers.dtype} {layers.shape}"
         )
+    return _chosen(old, new, layers)
+
+
+@jax.jit
+def _chosen(old: Placement, new: Placement, layers: Bool[Array, "*L"]) -> Placement:
     choose = lambda x, y: jnp.where(jnp.expand_dims(layers, range(layers.ndim, x.ndim)), y, x)  # noqa: E731
     return Placement(*(choose(x, y) for x, y in zip(old, new, strict=True)))
 

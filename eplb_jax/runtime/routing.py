@@ -113,20 +113,30 @@ def to_physical(
     if ids.ndim < 2:
         raise ValueError(f"ids must have the shape [tokens, k], got {ids.shape}")
 
-    def slots(ids: Array, layer: Placement, given: dict) -> Array:
-        live = is_expert(ids, num_experts)
-        ids = jnp.where(live, ids.astype(jnp.int32), -1)
-        return jnp.where(live, _slots(ids, layer, choice, axis_name, given), -1)
-
+    slots = partial(_slots, choice=choice, axis_name=axis_name)
     return under_auto(slots, spec_of(ids), ids, layer, given)
 
 
+@partial(jax.jit, static_argnames=("choice", "axis_name"))
 def _slots(
     ids: Int[Array, "... k"],
     layer: Placement,
+    given: dict[str, Any],
+    *,
     choice: Choice,
     axis_name: AxisName | None,
+) -> Int32[Array, "... k"]:
+    live = is_expert(ids, layer.logcnt.shape[0])
+    ids = jnp.where(live, ids.astype(jnp.int32), -1)
+    return jnp.where(live, _slots_of_live(ids, layer, given, choice, axis_name), -1)
+
+
+def _slots_of_live(
+    ids: Int32[Array, "... k"],
+    layer: Placement,
     given: dict[str, Any],
+    choice: Choice,
+    axis_name: AxisName | None,
 ) -> Int32[Array, "... k"]:
     expert = jnp.maximum(ids, 0)
     if choice == "source":
