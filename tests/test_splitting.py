@@ -14,7 +14,7 @@ from scipy.sparse import coo_array
 import eplb_jax
 from eplb_jax import metrics, runtime
 from eplb_jax.types import Placement
-from tests.helpers import lognormal
+from tests.helpers import QUICK, lognormal
 
 
 def lightest(load, phy2log, num_gpus):
@@ -109,7 +109,7 @@ def test_next_windows_of_gpt_oss():
     trace = eplb_jax.loads.example("gpt_oss_20b")
     even, split = [], []
     for start in (0, 8, 16):
-        plan = eplb_jax.rebalance_experts(trace[start : start + 8], 40, 1, 1, 8)
+        plan = eplb_jax.rebalance_experts(trace[start : start + 8], 40, 1, 1, 8, strategy=QUICK)
         load = trace[start + 8]
         shares = runtime.split_load(load, plan, 8)
         even.append(metrics.balance(load, plan, 8).mean_imbalance)
@@ -122,7 +122,7 @@ def test_next_windows_of_v2_lite():
     trace = eplb_jax.loads.example("deepseek_v2_lite")
     even, split = [], []
     for now in (10, 14, 18, 22, 26, 30):  # in the middle and at the end of tasks
-        plan = eplb_jax.rebalance_experts(trace[now - 8 : now], 72, 1, 1, 8, strategy="fast")
+        plan = eplb_jax.rebalance_experts(trace[now - 8 : now], 72, 1, 1, 8, strategy=QUICK)
         shares = runtime.split_load(trace[now], plan, 8)
         even.append(metrics.balance(trace[now], plan, 8).mean_imbalance)
         split.append(metrics.balance(trace[now], plan, 8, split=shares).mean_imbalance)

@@ -43,9 +43,6 @@ CALLS = {
     "windows": lambda: plan(np.stack([LOAD, LOAD[::-1]]), QUICK),
     "previous": lambda: plan(previous=old()),
     "max_moves": lambda: plan(previous=old(), max_moves=3),
-    "hierarchical": lambda: eplb_jax.rebalance_experts(
-        LOAD, R, 4, 2, G, strategy="greedy", previous=old()
-    ),
     "gap": lambda: metrics.gap(LOAD, new(), G),
     "moves": lambda: eplb_jax.moves(old(), new(), G, 2),
     "load_of_slots": lambda: runtime.load_of_slots(IDS, new().phy2log[0], E),

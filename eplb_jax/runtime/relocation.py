@@ -81,8 +81,8 @@ def relocate(
     Example:
         >>> import eplb_jax
         >>> mesh = jax.make_mesh((1,), ("expert",))
-        >>> old = eplb_jax.rebalance_experts([[9, 3, 2, 1]], 4, 1, 1, 1)
-        >>> new = eplb_jax.rebalance_experts([[1, 2, 3, 9]], 4, 1, 1, 1)
+        >>> old = eplb_jax.rebalance_experts([[9, 3, 2, 1]], 6, 1, 1, 1)
+        >>> new = eplb_jax.rebalance_experts([[1, 2, 3, 9]], 6, 1, 1, 1)
         >>> weights = {"up": old.phy2log * 10}  # the row of expert e is 10 e
         >>> moved, plan = relocate(weights, old, new, mesh)
         >>> bool((moved["up"] == plan.phy2log * 10).all())
