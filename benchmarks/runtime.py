@@ -13,7 +13,6 @@ The bundled tokens are 8192 of gpt-oss-20b in every third of its 24 layers, the 
 import argparse
 import statistics
 import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,13 +24,15 @@ if __name__ == "__main__":
 
 import jax.numpy as jnp
 import numpy as np
-from cases import load_of
+from cases import SHAPES, load_of, timed
 from jax.sharding import NamedSharding, PartitionSpec
+from next_window import measured
 from rich.console import Console
 from rich.table import Table
 
 import eplb_jax
 from eplb_jax import metrics, runtime
+from eplb_jax.replay import in_order
 from eplb_jax.runtime.routing import Choice
 from eplb_jax.runtime.transport import route_of_copies
 
@@ -41,16 +42,6 @@ WINDOWS = 8
 
 def percent(value: float | jax.Array) -> str:
     return f"{100 * float(value):.2f}"
-
-
-def median_us(call: Callable[[], object], rounds: int = 30) -> float:
-    jax.block_until_ready(call())
-    times = []
-    for _ in range(rounds):
-        start = time.perf_counter()
-        jax.block_until_ready(call())
-        times.append(time.perf_counter() - start)
-    return statistics.median(times) * 1e6
 
 
 def slots_of(ids: np.ndarray, plan: eplb_jax.Placement, num_gpus: int) -> dict[str, np.ndarray]:
@@ -93,6 +84,11 @@ def slots_of(ids: np.ndarray, plan: eplb_jax.Placement, num_gpus: int) -> dict[s
     }
 
 
+def counts(ids: np.ndarray, most: int) -> np.ndarray:
+    """How often every id comes, layer by layer."""
+    return np.stack([np.bincount(x.ravel(), minlength=most) for x in ids])
+
+
 def routing(console: Console, path: Path, prefix: str, num_slots: int, num_gpus: int) -> None:
     """Heaviest / mean GPU - 1 of what tokens make of a plan, and of what the plan promised."""
     with np.load(path) as file:
@@ -100,40 +96,32 @@ def routing(console: Console, path: Path, prefix: str, num_slots: int, num_gpus:
     num_experts = int(ids.max()) + 1
     half = len(ids) // 2 // num_gpus * num_gpus
     halves = ids[:half], ids[half : 2 * half]
-    loads = [
-        np.stack([np.bincount(x[:, i].ravel(), minlength=num_experts) for i in range(x.shape[1])])
-        for x in halves
-    ]
+    loads = [counts(x.swapaxes(0, 1), num_experts) for x in halves]
     plan = eplb_jax.rebalance_experts(loads[0], num_slots, 1, 1, num_gpus)
     table = Table(title=f"{path.name}: {half} tokens, {num_experts} in {num_slots} / {num_gpus}")
     for name in ("choice", "plan's own tokens, %", "next tokens, %", "on own GPU, %"):
         table.add_column(name, justify="left" if name == "choice" else "right")
     promised = [percent(metrics.balance(x, plan, num_gpus).mean_imbalance) for x in loads]
-    bare = [percent(without_replicas(x, num_gpus)) for x in loads]
+    bare = [percent(imbalance_of(x, num_gpus)) for x in loads]
     table.add_row("no replicas, experts in order", *bare, "")
     table.add_row("promised: an even split", *promised, "", end_section=True)
     both = [slots_of(x, plan, num_gpus) for x in halves]
     for name, slots in both[0].items():
-        cells = [percent(imbalance_of(x, num_slots, num_gpus)) for x in (slots, both[1][name])]
+        sent = [counts(x, num_slots) for x in (slots, both[1][name])]
+        cells = [percent(imbalance_of(x, num_gpus)) for x in sent]
         home = slots // (num_slots // num_gpus) == np.arange(num_gpus)[:, None, None]
         table.add_row(name, *cells, f"{100 * home.mean():.0f}")
     console.print(table)
 
 
-def imbalance_of(slots: np.ndarray, num_slots: int, num_gpus: int) -> float:
-    sent = np.stack([np.bincount(x.ravel(), minlength=num_slots) for x in slots])
-    by_gpu = sent.reshape(len(sent), num_gpus, -1).sum(axis=2)
-    return float(metrics.evenness(jnp.asarray(by_gpu, jnp.float32)).mean_imbalance)
-
-
-def without_replicas(load: np.ndarray, num_gpus: int) -> float:
-    by_gpu = load.reshape(len(load), num_gpus, -1).sum(axis=2)
-    return float(metrics.evenness(jnp.asarray(by_gpu, jnp.float32)).mean_imbalance)
+def imbalance_of(load: np.ndarray, num_gpus: int) -> jax.Array:
+    """Of experts, or slots, that lie on GPUs in order."""
+    return metrics.evenness(jnp.asarray(in_order(load, num_gpus), jnp.float32)).mean_imbalance
 
 
 def costs(console: Console) -> None:
     """Time of a choice for the tokens of one GPU: 4096, 8 experts each of 256, in 288 slots."""
-    load = load_of_v3()
+    load = load_of(SHAPES["v3"])
     plan = eplb_jax.rebalance_experts(load, 288, 1, 1, 32).layer(0)
     chance = jnp.log(jnp.asarray(load[0] / load[0].sum()))
     noise = jax.random.gumbel(jax.random.key(0), (4096, 256))
@@ -150,18 +138,12 @@ def costs(console: Console) -> None:
         "source": {"table": nearest, "source": 3},
         "split": {"split": split},
     }
-    for choice, given in choices.items():
-        jitted = jax.jit(partial(runtime.to_physical, choice=choice))
-        table.add_row(choice, f"{median_us(lambda f=jitted, x=given: f(ids, plan, **x)):.0f}")
-    count = jax.jit(runtime.load_of_ids, static_argnums=1)
-    table.add_row("load_of_ids", f"{median_us(lambda: count(ids, 256)):.0f}")
+    route = jax.jit(runtime.to_physical, static_argnames="choice")
+    calls = {x: partial(route, ids, plan, choice=x, **given) for x, given in choices.items()}
+    calls["load_of_ids"] = partial(jax.jit(runtime.load_of_ids, static_argnums=1), ids, 256)
+    for name, took in timed(calls, 30).items():
+        table.add_row(name, f"{took.steady * 1e6:.0f}")
     console.print(table)
-
-
-def load_of_v3() -> np.ndarray:
-    from cases import SHAPES
-
-    return load_of(SHAPES["v3"]).astype(np.float32)
 
 
 def splitting(console: Console) -> None:
@@ -178,9 +160,7 @@ def splitting(console: Console) -> None:
         ("deepseek_v2_lite", True, 96, 8),
         ("deepseek_v2_lite", True, 80, 16),
     ]:
-        trace = eplb_jax.loads.example(name)
-        if shuffled:
-            trace = trace[np.random.default_rng(0).permutation(len(trace))]
+        trace = measured(name, shuffled)
         even, split = [], []
         for now in range(WINDOWS, len(trace)):
             past = trace[now - WINDOWS : now]
@@ -193,11 +173,11 @@ def splitting(console: Console) -> None:
         means = percent(float(np.mean(even))), percent(float(np.mean(split)))
         table.add_row(title, f"{num_slots} / {num_gpus}", *means, ratio)
     console.print(table)
-    load = load_of_v3()
+    load = load_of(SHAPES["v3"])
     plan = eplb_jax.rebalance_experts(load, 288, 1, 1, 32)
-    for steps in (32, 64):
-        took = median_us(lambda n=steps: runtime.split_load(load, plan, 32, steps=n))
-        console.print(f"{steps} steps of 58 x 256 in 288 / 32: {took / 1e3:.2f} ms")
+    calls = {x: partial(runtime.split_load, load, plan, 32, steps=x) for x in (32, 64)}
+    for steps, took in timed({str(x): call for x, call in calls.items()}, 30).items():
+        console.print(f"{steps} steps of 58 x 256 in 288 / 32: {took.steady * 1e3:.2f} ms")
 
 
 def moving(console: Console) -> None:

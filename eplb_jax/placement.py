@@ -26,10 +26,19 @@ def place(replicas: Replication) -> Placement:
         return Placement(phy2log, jax.vmap(slots)(phy2log, rank), logcnt)
 
 
-def counted(phy2log: Int32[Array, "L R"], num_experts: int) -> Int32[Array, "L E"]:
+def counted(phy2log: Int32[Array, "*L R"], num_experts: int) -> Int32[Array, "*L E"]:
     """How many replicas every expert has; numbers past the last count for nothing."""
     empty = jnp.zeros(num_experts, jnp.int32)
-    return jax.vmap(lambda x: empty.at[x].add(1, mode="drop"))(phy2log)
+    count = lambda x: empty.at[x].add(1, mode="drop")  # noqa: E731
+    return jnp.vectorize(count, signature="(r)->(e)")(phy2log)
+
+
+def places(phy2log: Int32[Array, " R"], num_experts: int, num_gpus: int) -> Int32[Array, "E G"]:
+    """The first slot of every GPU that holds an expert, from its first on; R / G without one."""
+    slot = jnp.arange(phy2log.size, dtype=jnp.int32)
+    size = phy2log.size // num_gpus
+    none = jnp.full((num_experts, num_gpus), size, jnp.int32)
+    return none.at[phy2log, slot // size].min(slot % size)
 
 
 def ranks_in(phy2log: Int32[Array, "L R"]) -> Int32[Array, "L R"]:
@@ -95,11 +104,11 @@ def is_plan(plan: Placement) -> Bool[Array, "*L"]:
     def of_layer(phy2log: Array, log2phy: Array, logcnt: Array) -> Array:
         expert = jnp.arange(logcnt.shape[0], dtype=jnp.int32)
         known = (phy2log >= 0) & (phy2log < expert.size)
-        count = counted(jnp.where(known, phy2log, expert.size)[None], expert.size)[0]
+        count = counted(jnp.where(known, phy2log, expert.size), expert.size)
         listed = jnp.arange(most, dtype=jnp.int32) < logcnt[:, None]
         right = (log2phy >= 0) == listed
         right &= ~listed | (phy2log[log2phy] == expert[:, None])
-        times = counted(jnp.where(listed, log2phy, num_slots).reshape(1, -1), num_slots)
+        times = counted(jnp.where(listed, log2phy, num_slots).reshape(-1), num_slots)
         fits = jnp.all(known) & jnp.all(count > 0) & jnp.all(count == logcnt)
         return fits & jnp.all(right) & jnp.all(times == 1)
 

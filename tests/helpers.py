@@ -58,3 +58,10 @@ def repeats(phy2log, num_gpus):
     """How many slots hold an expert that another slot of their GPU holds already, per layer."""
     by_gpu = np.sort(np.asarray(phy2log).reshape(len(phy2log), num_gpus, -1), axis=2)
     return (by_gpu[:, :, 1:] == by_gpu[:, :, :-1]).sum(axis=(1, 2))
+
+
+def assert_bits(got, wanted):
+    for name, x in wanted.items():
+        bits = np.asarray(got[name])
+        assert bits.dtype == x.dtype
+        assert bits.tobytes() == np.ascontiguousarray(x).tobytes(), name

@@ -8,14 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax import lax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import eplb_jax
 from eplb_jax import runtime
-from eplb_jax.types import Placement
-from tests.helpers import lognormal
+from tests.helpers import assert_bits, lognormal
 
 L, E, R, G = 3, 32, 40, 8
 RNG = np.random.default_rng(0)
@@ -43,13 +41,6 @@ def plan_of(seed, num_experts=E, num_slots=R):
 def rows(logical, plan):
     """Where the plan says that they are."""
     return {k: x[np.arange(L)[:, None], np.asarray(plan.phy2log)] for k, x in logical.items()}
-
-
-def assert_bits(got, wanted):
-    for name, x in wanted.items():
-        bits = np.asarray(got[name])
-        assert bits.dtype == x.dtype
-        assert bits.tobytes() == np.ascontiguousarray(x).tobytes(), name
 
 
 @pytest.fixture(scope="module")
@@ -170,55 +161,6 @@ def test_identity_moves_nothing(mesh):
     assert [int(x) for x in _route(plan, plan, 0).rounds] == [0, 0]
     weights = runtime.to_slots(LOGICAL, plan, mesh)
     assert_bits(runtime.relocate(weights, plan, plan, mesh).params, rows(LOGICAL, plan))
-
-
-def modelled(operand, output, input_offsets, send_sizes, output_offsets, recv_sizes, *, axis_name):
-    """`lax.ragged_all_to_all` by its documentation, for stretches of one row."""
-    size, me = lax.axis_size(axis_name), lax.axis_index(axis_name)
-    per_device = len(input_offsets) // size
-    maps = [
-        lax.all_gather(x.reshape(size, per_device), axis_name)[:, me]
-        for x in (input_offsets, send_sizes, output_offsets)
-    ]
-    tables = lax.all_gather(operand, axis_name)
-    received = recv_sizes.reshape(size, per_device)
-    for source in range(size):
-        for number in range(per_device):
-            start, sent, place = (x[source, number] for x in maps)
-            there = (sent == 1) & (received[source, number] == 1)
-            place = jnp.where(there, place, output.shape[0])
-            output = output.at[place].set(tables[source, start], mode="drop")
-    return output
-
-
-def test_ragged(mesh, monkeypatch):
-    """On a model of the operation, which XLA does not have on CPUs."""
-    sent = []
-
-    def watched(*args, **kwargs):
-        jax.debug.callback(lambda x: sent.append(int(x.sum())), args[3])
-        return modelled(*args, **kwargs)
-
-    monkeypatch.setattr(lax, "ragged_all_to_all", watched)
-    old, new = plan_of(0), plan_of(3)
-    weights = {k: x for k, x in runtime.to_slots(LOGICAL, old, mesh).items() if k != "up"}
-    moved, _ = runtime.relocate(weights, old, new, mesh, ragged=True, num_nodes=2)
-    wanted = rows(LOGICAL, new)
-    assert_bits(moved, {k: wanted[k] for k in weights})
-    jax.effects_barrier()
-    assert sum(sent) == len(weights) * int(eplb_jax.moves(old, new, G, 2).received.sum())
-
-
-@pytest.mark.parametrize("platform", ["cuda", "tpu"])
-def test_ragged_is_lowered_for(platform):
-    mesh = jax.sharding.AbstractMesh((8,), ("expert",), axis_types=(AxisType.Auto,))
-    like = lambda *shape: jax.ShapeDtypeStruct((L, *shape), jnp.int32)  # noqa: E731
-    shapes = Placement(like(R), like(E, R - E + 1), like(E))
-    weights = {"up": jax.ShapeDtypeStruct((L, R, 4, 6), jnp.float32)}
-    move = jax.jit(lambda w, old, new: runtime.relocate(w, old, new, mesh, ragged=True))
-    text = move.trace(weights, shapes, shapes).lower(lowering_platforms=(platform,)).as_text()
-    assert len(re.findall(r"ragged_all_to_all", text)) >= 1
-    assert "all_gather" not in text
 
 
 def broken_plans():

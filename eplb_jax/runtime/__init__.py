@@ -18,12 +18,12 @@ from eplb_jax.runtime.counting import load_of_counts as load_of_counts
 from eplb_jax.runtime.counting import load_of_ids as load_of_ids
 from eplb_jax.runtime.counting import load_of_slots as load_of_slots
 from eplb_jax.runtime.counting import recorded as recorded
+from eplb_jax.runtime.nearest import nearest as nearest
 from eplb_jax.runtime.relocation import Relocated as Relocated
 from eplb_jax.runtime.relocation import relocate as relocate
 from eplb_jax.runtime.relocation import some_layers as some_layers
 from eplb_jax.runtime.relocation import to_logical as to_logical
 from eplb_jax.runtime.relocation import to_slots as to_slots
-from eplb_jax.runtime.routing import nearest as nearest
 from eplb_jax.runtime.routing import to_physical as to_physical
 from eplb_jax.runtime.splitting import split_load as split_load
 from eplb_jax.runtime.training import counted_once as counted_once

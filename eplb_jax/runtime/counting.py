@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, Int32, Num
+from numpy.typing import ArrayLike
 
 from eplb_jax.sharding import spec_of, under_auto
 from eplb_jax.types import AxisName
@@ -43,9 +44,7 @@ def load_of_ids(
         [1, 1, 2, 0]
     """
     num_experts = as_count("num_experts", num_experts)
-    ids = jnp.asarray(ids)
-    if not jnp.issubdtype(ids.dtype, jnp.integer):
-        raise TypeError(f"ids must be whole numbers, got dtype {ids.dtype}")
+    ids = as_ids(ids)
     if mask is not None:
         mask = jnp.asarray(mask, bool)
         if mask.shape not in (ids.shape, ids.shape[:-1]):
@@ -66,6 +65,14 @@ def _load(
         counted &= mask if mask.shape == ids.shape else mask[..., None]
     row = jnp.where(counted, ids.astype(jnp.int32), num_experts)  # past the last
     return jnp.zeros(num_experts, jnp.int32).at[row].add(1, mode="drop")
+
+
+def as_ids(ids: ArrayLike) -> Int[Array, "..."]:
+    """Ids as an array; raises TypeError unless they are whole numbers."""
+    array = jnp.asarray(ids)
+    if not jnp.issubdtype(array.dtype, jnp.integer):
+        raise TypeError(f"ids must be whole numbers, got dtype {array.dtype}")
+    return array
 
 
 def is_expert(ids: Int[Array, "..."], num_experts: int) -> Bool[Array, "..."]:

@@ -1,6 +1,5 @@
 """How the leaves of a tree of weights lie on a mesh: one row for every slot, or every expert."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -14,7 +13,6 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jax.tree_util import PyTreeDef, keystr
 from jaxtyping import Array, Bool, Int32, PyTree
 
-from eplb_jax.placement import check_plan
 from eplb_jax.runtime.transport import axis_size, transported
 from eplb_jax.types import AxisName, Placement
 from eplb_jax.validation import check_divides
@@ -143,22 +141,25 @@ def _taken(leaves: list[Array], rows: Array, *, layout: Layout, out: bool) -> li
 
 def layout_of(
     tree: PyTree[Array],
-    shape: Sequence[int],
+    placement: Placement,
     mesh: Mesh,
     axis_name: AxisName,
     specs: PyTree[PartitionSpec] | None,
     name: str,
+    *,
+    logical: bool = False,
 ) -> Layout:
-    """The layout of an argument of this name, whose leaves have rows of this shape, [L, S] or [S].
+    """The layout of an argument of this name, with a row for every slot, or logical expert.
 
     Raises:
         ValueError: A leaf has other rows, does not have them over `axis_name`, or its layers over
-            any axis; the mesh has no such axis.
+            any axis; the mesh has no such axis, or its size does not divide the slots.
     """
     names = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
     for axis in names:
         if axis not in mesh.shape:
             raise ValueError(f"axis_name={axis!r} is no axis of the mesh; it has {mesh.axis_names}")
+    shape = (placement.logcnt if logical else placement.phy2log).shape
     rows = len(shape) - 1
     none = lambda x: x is None  # noqa: E731
     unseen = jax.tree.map(lambda x: PartitionSpec() if x is None else x, specs, is_leaf=none)
@@ -170,7 +171,7 @@ def layout_of(
         strict=True,
     ):
         title = name + keystr(path)
-        if leaf.shape[: len(shape)] != tuple(shape):
+        if leaf.shape[: len(shape)] != shape:
             raise ValueError(
                 f"{title} has the shape {leaf.shape}; by the plan, it begins with {tuple(shape)}"
             )
@@ -191,7 +192,9 @@ def layout_of(
             )
         resolved.append(spec)
     axis_name = axis_name if isinstance(axis_name, str) else names
-    return Layout(mesh, axis_name, tuple(resolved), jax.tree.structure(tree), rows)
+    layout = Layout(mesh, axis_name, tuple(resolved), jax.tree.structure(tree), rows)
+    check_divides("size of axis_name", layout.num_gpus, "slots", placement.phy2log.shape[-1])
+    return layout
 
 
 def _seen(leaf: Array | np.ndarray, mesh: Mesh) -> PartitionSpec:
@@ -201,18 +204,3 @@ def _seen(leaf: Array | np.ndarray, mesh: Mesh) -> PartitionSpec:
     if isinstance(sharding, NamedSharding) and sharding.mesh.shape == mesh.shape:
         return sharding.spec
     return PartitionSpec()
-
-
-def slot_layout(
-    params: PyTree[Array],
-    placement: Placement,
-    mesh: Mesh,
-    axis_name: AxisName,
-    specs: PyTree[PartitionSpec] | None,
-    name: str = "params",
-) -> Layout:
-    """The layout of weights in slot order, checked, and of a plan, as far as that can be seen."""
-    check_plan(placement, "placement")
-    layout = layout_of(params, placement.phy2log.shape, mesh, axis_name, specs, name)
-    check_divides("size of axis_name", layout.num_gpus, "slots", placement.phy2log.shape[-1])
-    return layout

@@ -10,7 +10,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Int32, PyTree
 
 from eplb_jax.placement import check_plan, is_plan
-from eplb_jax.runtime.layout import Layout, layout_of, slot_layout
+from eplb_jax.runtime.layout import Layout, layout_of
 from eplb_jax.transition import moves
 from eplb_jax.types import AxisName, Placement
 from eplb_jax.validation import as_count, can_be_seen, check_divides
@@ -93,7 +93,7 @@ def relocate(
     for name, x, y in zip(Placement._fields, old, new, strict=True):
         if x.shape != y.shape:
             raise ValueError(f"{name} of new has the shape {y.shape}, but that of old {x.shape}")
-    layout = slot_layout(params, old, mesh, axis_name, specs)
+    layout = layout_of(params, old, mesh, axis_name, specs, "params")
     check_divides(
         "num_nodes", as_count("num_nodes", num_nodes), "size of axis_name", layout.num_gpus
     )
@@ -154,8 +154,7 @@ def to_slots(
         True
     """
     check_plan(placement, "placement")
-    layout = layout_of(logical, placement.logcnt.shape, mesh, axis_name, specs, "logical")
-    check_divides("size of axis_name", layout.num_gpus, "slots", placement.phy2log.shape[-1])
+    layout = layout_of(logical, placement, mesh, axis_name, specs, "logical", logical=True)
     leaves, seen = jax.tree.leaves(logical), can_be_seen(placement.phy2log)
     if seen and all(isinstance(x, np.ndarray) for x in leaves):
         leaves = layout.read(leaves, np.asarray(placement.phy2log))
@@ -207,7 +206,8 @@ def to_logical(
     order where its size divides E, and lie on all devices where it does not. Arguments and errors
     are those of `relocate`; inside `jit`, where a plan cannot be seen, it must be one.
     """
-    layout = slot_layout(params, placement, mesh, axis_name, specs)
+    check_plan(placement, "placement")
+    layout = layout_of(params, placement, mesh, axis_name, specs, "params")
     leaves, experts = jax.tree.leaves(params), _all_experts(placement)
     if placement.logcnt.shape[-1] % layout.num_gpus:
         leaves = layout.gathered(leaves, placement.log2phy[..., 0])

@@ -9,15 +9,13 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int, Int32, Key
 
-from eplb_jax.runtime.counting import is_expert
-from eplb_jax.sharding import by_layers, spec_of, under_auto
+from eplb_jax.runtime.counting import as_ids, is_expert
+from eplb_jax.sharding import spec_of, under_auto
 from eplb_jax.types import AxisName, Placement
-from eplb_jax.validation import as_count, check_divides
 
 Choice = Literal["occurrence", "token", "random", "source", "split"]
 """How `to_physical` picks one of an expert's replicas."""
 
-_NEVER = 2**31 - 1
 _ONE_OPERAND = 2**31  # tokens x experts below this are sorted in half the time
 _NEEDS = {"random": ("key",), "source": ("table", "source"), "split": ("split",)}
 
@@ -107,9 +105,7 @@ def to_physical(
         if isinstance(source, int) and not 0 <= source < shape[1]:
             raise ValueError(f"source={source} is none of {shape[1]} GPUs; nearest: {shape[1] - 1}")
     layer = Placement(*(jnp.asarray(x) for x in layer))
-    ids = jnp.asarray(ids)
-    if not jnp.issubdtype(ids.dtype, jnp.integer):
-        raise TypeError(f"ids must be whole numbers, got dtype {ids.dtype}")
+    ids = as_ids(ids)
     if ids.ndim < 2:
         raise ValueError(f"ids must have the shape [tokens, k], got {ids.shape}")
 
@@ -128,30 +124,25 @@ def _slots(
 ) -> Int32[Array, "... k"]:
     live = is_expert(ids, layer.logcnt.shape[0])
     ids = jnp.where(live, ids.astype(jnp.int32), -1)
-    return jnp.where(live, _slots_of_live(ids, layer, given, choice, axis_name), -1)
-
-
-def _slots_of_live(
-    ids: Int32[Array, "... k"],
-    layer: Placement,
-    given: dict[str, Any],
-    choice: Choice,
-    axis_name: AxisName | None,
-) -> Int32[Array, "... k"]:
     expert = jnp.maximum(ids, 0)
     if choice == "source":
-        return given["table"][expert, given["source"]]
-    if choice == "split":
-        return _shared_out(ids, layer, given["split"], axis_name)
-    count = layer.logcnt[expert]
-    if choice == "random":
-        drawn = jax.random.uniform(given["key"], ids.shape, jnp.float32) * count.astype(jnp.float32)
-        return layer.log2phy[expert, jnp.minimum(drawn.astype(jnp.int32), count - 1)]
-    number = jnp.arange(math.prod(ids.shape[:-1]), dtype=jnp.int32).reshape(*ids.shape[:-1], 1)
-    if choice == "occurrence":
-        number = _occurrence(ids, layer.logcnt.shape[0], axis_name)
-    first = 0 if given["source"] is None else given["source"]
-    return layer.log2phy[expert, (number + first) % count]
+        slot = given["table"][expert, given["source"]]
+    elif choice == "split":
+        slot = _shared_out(ids, layer, given["split"], axis_name)
+    else:
+        count = layer.logcnt[expert]
+        if choice == "random":
+            drawn = jax.random.uniform(given["key"], ids.shape, jnp.float32)
+            drawn = (drawn * count.astype(jnp.float32)).astype(jnp.int32)
+            replica = jnp.minimum(drawn, count - 1)
+        else:
+            tokens = ids.shape[:-1]
+            number = jnp.arange(math.prod(tokens), dtype=jnp.int32).reshape(*tokens, 1)
+            if choice == "occurrence":
+                number = _occurrence(ids, layer.logcnt.shape[0], axis_name)
+            replica = (number + (0 if given["source"] is None else given["source"])) % count
+        slot = layer.log2phy[expert, replica]
+    return jnp.where(live, slot, -1)
 
 
 class _Sorted(NamedTuple):
@@ -230,73 +221,3 @@ def _shared_out(
     in_order = jnp.zeros(num_slots, jnp.int32).at[row].set(layer.log2phy, mode="drop")
     slot = in_order[jnp.minimum(jnp.cumsum(passed, dtype=jnp.int32), num_slots - 1)]
     return order.back(slot, ids.shape)
-
-
-def nearest(placement: Placement, num_gpus: int, num_nodes: int = 1) -> Int32[Array, "*L E G"]:
-    """The slot to which every GPU sends the tokens of an expert: the nearest replica.
-
-    That on the same GPU; else one on the same node; else any: of several the one that fewest GPUs
-    send to so far. So tokens are as even as that allows where every GPU routes alike. A second
-    replica on one GPU gets no tokens.
-
-    Args:
-        placement: The plan, of all layers or of one.
-        num_gpus: G; divides R.
-        num_nodes: N; divides G.
-
-    Raises:
-        ValueError: Numbers do not divide.
-
-    Example:
-        >>> import eplb_jax
-        >>> plan = eplb_jax.rebalance_experts([[90, 30, 20, 10]], 6, 1, 1, 3)
-        >>> plan.phy2log.tolist(), nearest(plan, 3)[0, 0].tolist()
-        ([[0, 3, 0, 3, 1, 2]], [0, 2, 0])
-    """
-    num_gpus, num_nodes = as_count("num_gpus", num_gpus), as_count("num_nodes", num_nodes)
-    check_divides("num_gpus", num_gpus, "number of slots", placement.phy2log.shape[-1])
-    check_divides("num_nodes", num_nodes, "num_gpus", num_gpus)
-    if placement.logcnt.ndim == 1:
-        placement = Placement(*(x[None] for x in placement))
-        return _nearest(placement, num_gpus=num_gpus, num_nodes=num_nodes)[0]
-    return _nearest(placement, num_gpus=num_gpus, num_nodes=num_nodes)
-
-
-@by_layers
-@partial(jax.jit, static_argnames=("num_gpus", "num_nodes"))
-def _nearest(placement: Placement, *, num_gpus: int, num_nodes: int) -> Int32[Array, "L E G"]:
-    num_experts = placement.logcnt.shape[-1]
-    gpus = jnp.arange(num_gpus, dtype=jnp.int32)
-    same_node = (gpus[:, None] // (num_gpus // num_nodes)) == gpus // (num_gpus // num_nodes)
-    # Of equals the first from another GPU on for every expert.
-    number = (gpus + jnp.arange(num_experts, dtype=jnp.int32)[:, None]) % num_gpus
-
-    def table(phy2log: Int32[Array, " R"]) -> Int32[Array, "E G"]:
-        slot = jnp.arange(phy2log.size, dtype=jnp.int32)
-        gpu = slot // (phy2log.size // num_gpus)
-        on = jnp.full((num_experts, num_gpus), phy2log.size, jnp.int32).at[phy2log, gpu].min(slot)
-        held = on < phy2log.size
-        on_node = jnp.any(held[:, None] & same_node, axis=2)
-
-        def choose(step: Array, dealt: _Dealt) -> _Dealt:
-            # Nodes first, then those from elsewhere, who have the choice.
-            gpu, far = step % num_gpus, step >= num_gpus
-            mine = ~held[:, gpu] & (on_node[:, gpu] != far)
-            near = held & (same_node[gpu] | far)
-            taken = jnp.where(near, dealt.clients * num_gpus + number, _NEVER)
-            best = jnp.argmin(taken, axis=1).astype(jnp.int32)
-            clients = dealt.clients + (mine[:, None] & (gpus == best[:, None])).astype(jnp.int32)
-            return _Dealt(clients, dealt.to.at[:, gpu].set(jnp.where(mine, best, dealt.to[:, gpu])))
-
-        start = _Dealt(held.astype(jnp.int32), jnp.broadcast_to(gpus, held.shape))
-        to = lax.fori_loop(0, 2 * num_gpus, choose, start).to
-        return jnp.take_along_axis(on, to, axis=1)
-
-    return jax.vmap(table)(placement.phy2log)
-
-
-class _Dealt(NamedTuple):
-    """Carry of `nearest`: how many GPUs send to every replica's, and where each one sends."""
-
-    clients: Int32[Array, "E G"]
-    to: Int32[Array, "E G"]

@@ -6,7 +6,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, PyTree
 
 from eplb_jax.placement import check_plan, counted
-from eplb_jax.runtime.layout import slot_layout
+from eplb_jax.runtime.layout import layout_of
 from eplb_jax.types import AxisName, Placement
 
 
@@ -43,10 +43,10 @@ def sum_replicas(
         >>> sum_replicas(jnp.array([5.0, 1.0, 2.0]), Placement(*maps), mesh).tolist()
         [7.0, 1.0, 7.0]
     """
-    layout = slot_layout(grads, placement, mesh, axis_name, specs, "grads")
+    check_plan(placement, "placement")
+    layout = layout_of(grads, placement, mesh, axis_name, specs, "grads")
     held, num_experts = placement.phy2log, placement.logcnt.shape[-1]
-    count = counted(jnp.atleast_2d(held), num_experts).reshape(placement.logcnt.shape)
-    changes = jnp.any(count > 1, axis=-1)
+    changes = jnp.any(counted(held, num_experts) > 1, axis=-1)
     leaves = jax.tree.leaves(grads)
     leaves = layout.carried(leaves, held, held, changes, num_experts, add=True)
     return jax.tree.unflatten(layout.tree, leaves)

@@ -26,6 +26,7 @@ from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Int32
 
+from eplb_jax.placement import counted, places
 from eplb_jax.types import AxisName
 
 NONE = -1
@@ -137,9 +138,7 @@ def route_of_copies(
     Of an expert that others want one device sends one row; where several could, they take turns.
     """
     held_by, wanted_by = held.reshape(num_gpus, -1), wanted.reshape(num_gpus, -1)
-    size, slot = held_by.shape[1], jnp.arange(held.size, dtype=jnp.int32)
-    at = jnp.full((num_experts, num_gpus), size, jnp.int32)
-    at = at.at[held, slot // size].min(slot % size)
+    size, at = held_by.shape[1], places(held, num_experts, num_gpus)
     gpu = jnp.arange(num_gpus, dtype=jnp.int32)[:, None]
     local = at[wanted_by, gpu]
     if held_by.shape == wanted_by.shape:
@@ -163,8 +162,9 @@ def route_of_sums(
     Experts of one slot that is where it should be stay out of it.
     """
     route = route_of_copies(held, wanted, num_experts, num_gpus)
-    count = jnp.zeros(num_experts, jnp.int32).at[held].add(1)
-    moving = (count > 1) | jnp.zeros(num_experts, bool).at[route.wanted].max(route.local == NONE)
+    moving = (counted(held, num_experts) > 1) | jnp.zeros(num_experts, bool).at[route.wanted].max(
+        route.local == NONE
+    )
     sends, fetches = moving[route.held], moving[route.wanted]
     return route._replace(
         local=jnp.where(fetches, NONE, route.local), send=_listed(sends), fetch=_listed(fetches)
@@ -194,6 +194,7 @@ def _carried(
         Rows in the dtype of the table. Extra memory: E / G rows.
     """
     num_gpus, me = route.held.shape[0], lax.axis_index(axis_name)
+    gpu = jnp.arange(num_gpus, dtype=jnp.int32)
     shape = table.shape[1:]
     chunk = -(-math.prod(shape) // num_gpus)
     narrow = jnp.issubdtype(table.dtype, jnp.floating) and table.dtype.itemsize < 4
@@ -201,11 +202,10 @@ def _carried(
 
     def spread(number: Array, store: Array) -> Array:
         slot = route.send[:, number]
-        row = lax.dynamic_index_in_dim(table, jnp.maximum(slot[me], 0), keepdims=False)
+        row = table[slot[me]]  # the last where there is none, as `NONE` indexes it
         row = jnp.pad(row.astype(wide).reshape(-1), (0, num_gpus * chunk - row.size))
         got = lax.all_to_all(row.reshape(num_gpus, chunk), axis_name, 0, 0)
-        sent = jnp.take_along_axis(route.held, jnp.maximum(slot, 0)[:, None], axis=1)[:, 0]
-        sent = jnp.where(slot == NONE, num_experts, sent)
+        sent = jnp.where(slot == NONE, num_experts, route.held[gpu, slot])
         if not add:
             return store.at[sent].set(got, mode="drop")
         # One after the other: a scatter of equal indices adds in any order on a GPU.
@@ -214,15 +214,14 @@ def _carried(
 
     def deliver(number: Array, rows: Array) -> Array:
         slot = route.fetch[:, number]
-        expert = jnp.take_along_axis(route.wanted, jnp.maximum(slot, 0)[:, None], axis=1)[:, 0]
-        row = lax.all_to_all(store[expert], axis_name, 0, 0).reshape(-1)
+        row = lax.all_to_all(store[route.wanted[gpu, slot]], axis_name, 0, 0).reshape(-1)
         row = row[: math.prod(shape)].reshape(shape).astype(table.dtype)
         mine = jnp.where(slot[me] == NONE, rows.shape[0], slot[me])
         return rows.at[mine].set(row, mode="drop")
 
     sends, fetches = route.rounds
     store = lax.fori_loop(0, sends, spread, jnp.zeros((num_experts, chunk), wide))
-    rows = table[jnp.maximum(route.local[me], 0)]
+    rows = table[route.local[me]]
     return lax.fori_loop(0, fetches, deliver, rows)
 
 
