@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 import eplb_jax
-from eplb_jax.replay import Plan, all_windows, last_window, replay
+from eplb_jax.evaluation.replay import Plan, all_windows, last_window, replay
 
 MEASURED = [
     ("gpt_oss_20b", False, 40, 8),

@@ -32,7 +32,7 @@ from rich.table import Table
 
 import eplb_jax
 from eplb_jax import metrics, runtime
-from eplb_jax.replay import in_order
+from eplb_jax.evaluation.replay import in_order
 from eplb_jax.runtime.routing import Choice
 from eplb_jax.runtime.transport import route_of_copies
 

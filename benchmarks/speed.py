@@ -33,7 +33,7 @@ from rich.console import Console
 from rich.table import Table
 
 import eplb_jax
-from eplb_jax.packing.kernels import in_kernels
+from eplb_jax.planning.strategies import in_kernels
 
 Row = dict[str, Any]
 

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 import eplb_jax
-from eplb_jax.validation import LoadLike
+from eplb_jax.checks import LoadLike
 
 COUNTS = 288, 8, 4, 32
 ROUNDS = 200

@@ -36,7 +36,7 @@ from rich.table import Table
 
 import eplb_jax
 from eplb_jax import Placement, runtime
-from eplb_jax.replay import in_order
+from eplb_jax.evaluation.replay import in_order
 
 WINDOWS, STEPS_PER_WINDOW, STEPS_PER_TEXT = 8, 2, 64
 RATE, WARM_UP, DECAYS, CLIP, EVENNESS, CAPACITY = 2e-3, 20, (0.9, 0.99), 1.0, 0.02, 1.25

@@ -1,30 +1,56 @@
 """Expert-parallelism load balancing in pure JAX.
 
-`rebalance_experts` plans where the replicas of every expert of a mixture-of-experts model lie, and
-`compile` makes that ready ahead of time. `balanced_packing` and `replicate_experts` are its two
-halves, `metrics.balance` measures a plan, `moves` says what it takes to put it in place of another
-and `decide` whether to. `runtime` puts plans to work in a running model. `loads` reads measured
-loads, `traces` makes up others and `replay` plays them through. The axes are named in
-`eplb_jax.types`.
+The public names are those imported here, and those of `runtime`, `loads`, `metrics` and `traces`;
+everything else is private and changes without notice. Axes are named in `eplb_jax.types`.
+
+- `plan` chooses the expert of every physical slot for a `Topology`; `rebalance_experts` is its
+  DeepSeek form, `precompile` makes it ready ahead of time. `balanced_packing` and
+  `replicate_experts` are its two halves.
+- `metrics` measures plans; `plan_bound` and `packing_bound` are proven lower bounds.
+- `moves` says what leads from one plan to another, `decide` whether it is worth it.
+- `runtime` is for use inside a running model.
+- `loads` has measured loads, `traces` synthetic ones; `replay` plans through a trace.
+
+The packages, each of which imports only those before it: `packing` (weighted items to packs;
+it knows no expert), `transition` (plan to plan), `planning` (loads to plans), `evaluation`,
+`runtime`, `cli`.
 """
 
-from eplb_jax import loads as loads
-from eplb_jax import metrics as metrics
+from importlib.metadata import version as _version
+
 from eplb_jax import runtime as runtime
-from eplb_jax import traces as traces
-from eplb_jax.ahead import CompiledPlan as CompiledPlan
-from eplb_jax.ahead import compile as compile  # noqa: A004
-from eplb_jax.decision import Decision as Decision
-from eplb_jax.decision import decide as decide
-from eplb_jax.packing.balanced import balanced_packing as balanced_packing
+from eplb_jax.evaluation import loads as loads
+from eplb_jax.evaluation import metrics as metrics
+from eplb_jax.evaluation import traces as traces
+from eplb_jax.evaluation.decision import Decision as Decision
+from eplb_jax.evaluation.decision import decide as decide
+from eplb_jax.evaluation.metrics import Balance as Balance
+from eplb_jax.evaluation.replay import Replay as Replay
+from eplb_jax.evaluation.replay import plan_from_last_window as plan_from_last_window
+from eplb_jax.evaluation.replay import plan_from_windows as plan_from_windows
+from eplb_jax.evaluation.replay import replay as replay
+from eplb_jax.packing.balanced_packing import balanced_packing as balanced_packing
 from eplb_jax.packing.bounds import packing_bound as packing_bound
-from eplb_jax.packing.bounds import plan_bound as plan_bound
-from eplb_jax.packing.strategy import STRATEGIES as STRATEGIES
-from eplb_jax.packing.strategy import Strategy as Strategy
-from eplb_jax.placement import check_placement as check_placement
-from eplb_jax.rebalance import rebalance_experts as rebalance_experts
-from eplb_jax.replication import replicate_experts as replicate_experts
-from eplb_jax.transition import moves as moves
+from eplb_jax.planning.bounds import plan_bound as plan_bound
+from eplb_jax.planning.placement import check_placement as check_placement
+from eplb_jax.planning.placement import placement_of as placement_of
+from eplb_jax.planning.plan import Policy as Policy
+from eplb_jax.planning.plan import plan as plan
+from eplb_jax.planning.plan import plan_replicas as plan_replicas
+from eplb_jax.planning.plan import rebalance_experts as rebalance_experts
+from eplb_jax.planning.precompile import CompiledPlan as CompiledPlan
+from eplb_jax.planning.precompile import precompile as precompile
+from eplb_jax.planning.replication import replicate_experts as replicate_experts
+from eplb_jax.planning.strategies import STRATEGIES as STRATEGIES
+from eplb_jax.planning.strategies import Strategy as Strategy
+from eplb_jax.planning.strategies import in_kernels as in_kernels
+from eplb_jax.planning.strategies import resolve_strategy as resolve_strategy
+from eplb_jax.transition.moves import Moves as Moves
+from eplb_jax.transition.moves import Traffic as Traffic
+from eplb_jax.transition.moves import moves as moves
 from eplb_jax.types import Packing as Packing
 from eplb_jax.types import Placement as Placement
 from eplb_jax.types import Replication as Replication
+from eplb_jax.types import Topology as Topology
+
+__version__ = _version("eplb-jax")

@@ -3,7 +3,7 @@
 import numpy as np
 
 import eplb_jax
-from eplb_jax.packing.pairs import Pairs
+from eplb_jax.packing.pair_exchange import Pairs
 
 # A strategy that sees windows and compiles in little time.
 QUICK = eplb_jax.Strategy(refinement=Pairs(8, two=False))

@@ -9,7 +9,7 @@ import pytest
 from helpers import lognormal
 
 from eplb_jax import balanced_packing, packing_bound, plan_bound, rebalance_experts
-from eplb_jax.metrics import balance, gap
+from eplb_jax.evaluation.metrics import balance, gap
 
 
 def kinds(layers, n, seed=0):

@@ -9,8 +9,9 @@ import pytest
 from helpers import QUICK, assert_same, lognormal
 
 import eplb_jax
-from eplb_jax import budget, check_placement, moves
-from eplb_jax.metrics import balance
+from eplb_jax import check_placement, moves
+from eplb_jax.evaluation.metrics import balance
+from eplb_jax.transition import local_search as budget
 
 rebalance_experts = partial(eplb_jax.rebalance_experts, strategy=QUICK)
 COUNTS = 48, 4, 2, 8  # slots, groups, nodes, GPUs

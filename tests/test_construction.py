@@ -6,7 +6,7 @@ import pytest
 from helpers import lognormal, measured
 
 from eplb_jax.packing import lanes
-from eplb_jax.packing.construction import chunked_greedy, greedy, quantised_greedy
+from eplb_jax.packing.constructions import chunked_greedy, greedy, quantised_greedy
 
 greedy, quantised_greedy, chunked_greedy = (
     jax.jit(x, static_argnums=2) for x in (greedy, quantised_greedy, chunked_greedy)

@@ -10,10 +10,13 @@ from test_refinement import instance
 
 from eplb_jax.packing import exchange, lanes
 from eplb_jax.packing.bounds import packing_bound
-from eplb_jax.packing.construction import quantised_greedy
-from eplb_jax.packing.pairs import Pairs, schedule
-from eplb_jax.packing.portfolio import Columns, Peak, Portfolio
-from eplb_jax.packing.starts import BestStart, differencing, every_packing, exhaustive, ways
+from eplb_jax.packing.columns import Columns
+from eplb_jax.packing.constructions import quantised_greedy
+from eplb_jax.packing.differencing import BestStart, differencing
+from eplb_jax.packing.exhaustive import every_packing, exhaustive, ways
+from eplb_jax.packing.pair_exchange import Pairs, schedule
+from eplb_jax.packing.peak_exchange import Peak
+from eplb_jax.packing.portfolio import Portfolio
 
 KEY = jax.random.key(0)
 best_start = BestStart()

@@ -11,7 +11,7 @@ from helpers import lognormal, repeats
 from test_bounds import packings
 
 import eplb_jax
-from eplb_jax import joint
+from eplb_jax.planning import replica_counts as joint
 
 AUTO = eplb_jax.STRATEGIES["auto"]
 PLAIN = dataclasses.replace(AUTO, counts=None)

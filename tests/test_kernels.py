@@ -9,10 +9,11 @@ import pytest
 from helpers import assert_same, lognormal
 
 import eplb_jax
-from eplb_jax.packing.construction import quantised_greedy
+from eplb_jax.packing.constructions import quantised_greedy
 from eplb_jax.packing.kernels import GreedyInKernel, InKernel, in_kernels
-from eplb_jax.packing.pairs import Pairs
-from eplb_jax.packing.portfolio import Peak, Portfolio
+from eplb_jax.packing.pair_exchange import Pairs
+from eplb_jax.packing.peak_exchange import Peak
+from eplb_jax.packing.portfolio import Portfolio
 
 KEY = jax.random.key(0)
 LANES = 2

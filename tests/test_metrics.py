@@ -5,8 +5,8 @@ from helpers import lognormal
 
 import eplb_jax
 from eplb_jax import Placement, check_placement, rebalance_experts
-from eplb_jax.metrics import balance, evenness
-from eplb_jax.placement import place
+from eplb_jax.evaluation.metrics import balance, evenness
+from eplb_jax.planning.placement import place
 from eplb_jax.types import Replication
 
 

@@ -7,7 +7,8 @@ import pytest
 from helpers import lognormal
 
 from eplb_jax.packing import lanes
-from eplb_jax.packing.refinement import Rebuild, Swap
+from eplb_jax.packing.rebuild import Rebuild
+from eplb_jax.packing.swaps import Swap
 
 KEY = jax.random.key(0)
 REFINEMENTS = [

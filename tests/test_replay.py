@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import eplb_jax
-from eplb_jax.replay import all_windows, in_order, last_window, replay, without_balancer
+from eplb_jax.evaluation.replay import all_windows, in_order, last_window, replay, without_balancer
 
 T, L, E, R, G = 7, 2, 6, 8, 4
 SIZES = R, 1, 1, G

@@ -14,10 +14,12 @@ from jax.sharding import NamedSharding, PartitionSpec
 import eplb_jax
 from eplb_jax import STRATEGIES, Strategy, balanced_packing
 from eplb_jax.packing import search
+from eplb_jax.packing.columns import Columns
 from eplb_jax.packing.orders import Lpt, RampedLpt, Zigzag
-from eplb_jax.packing.pairs import Pairs
-from eplb_jax.packing.portfolio import Columns, Peak, Portfolio
-from eplb_jax.packing.refinement import Rebuild
+from eplb_jax.packing.pair_exchange import Pairs
+from eplb_jax.packing.peak_exchange import Peak
+from eplb_jax.packing.portfolio import Portfolio
+from eplb_jax.packing.rebuild import Rebuild
 
 COLLECTIVES = re.compile(
     r"all-gather|all-reduce|all-to-all|collective-permute|collective-broadcast|reduce-scatter"

@@ -4,7 +4,7 @@ from typing import get_args
 import numpy as np
 import pytest
 
-from eplb_jax.traces import Kind, generate
+from eplb_jax.evaluation.traces import Kind, generate
 
 KINDS = get_args(Kind)
 MANY = 10**10

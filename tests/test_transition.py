@@ -10,9 +10,9 @@ from helpers import assert_same, lognormal
 from scipy.optimize import linear_sum_assignment
 
 from eplb_jax import check_placement, moves, rebalance_experts
-from eplb_jax.metrics import balance
-from eplb_jax.relabel import assignment
-from eplb_jax.transition import OTHER_NODE, SAME_GPU, SAME_NODE, STAYS
+from eplb_jax.evaluation.metrics import balance
+from eplb_jax.transition.assignment import assignment
+from eplb_jax.transition.moves import OTHER_NODE, SAME_GPU, SAME_NODE, STAYS
 
 COUNTS = 48, 4, 2, 8  # slots, groups, nodes, GPUs
 

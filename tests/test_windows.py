@@ -12,11 +12,12 @@ from test_strategies import COLLECTIVES
 
 import eplb_jax
 from eplb_jax import check_placement, rebalance_experts
-from eplb_jax.forecast import MOST_WINDOWS, forecast, gathered
-from eplb_jax.packing.pairs import Pairs
-from eplb_jax.packing.portfolio import Peak, Portfolio
-from eplb_jax.replay import all_windows, last_window, replay
-from eplb_jax.validation import sanitised
+from eplb_jax.arrays import sanitised
+from eplb_jax.evaluation.replay import all_windows, last_window, replay
+from eplb_jax.packing.pair_exchange import Pairs
+from eplb_jax.packing.peak_exchange import Peak
+from eplb_jax.packing.portfolio import Portfolio
+from eplb_jax.planning.forecast import MOST_WINDOWS, forecast, gathered
 
 KEY = jax.random.key(0)
 COUNTS = 48, 4, 2, 8

@@ -2,13 +2,13 @@
 
 import contextlib
 from collections.abc import Iterator
-from typing import Annotated
+from typing import Annotated, get_args
 
 import numpy as np
 import typer
 
-from eplb_jax import loads
-from eplb_jax.rebalance import POLICIES
+from eplb_jax.evaluation import loads
+from eplb_jax.planning.plan import Policy
 
 FILES = f"a .npz, .npy, .json or .csv file, 'example', or one of: {', '.join(loads.EXAMPLES)}"
 
@@ -16,7 +16,7 @@ Replicas = Annotated[int, typer.Option(help="Physical slots of a layer, over all
 Gpus = Annotated[int, typer.Option(help="GPUs, over all nodes.")]
 Groups = Annotated[int, typer.Option(help="Groups of experts.")]
 Nodes = Annotated[int, typer.Option(help="Nodes.")]
-PolicyName = Annotated[str, typer.Option(help=f"One of: {', '.join(POLICIES)}.")]
+PolicyName = Annotated[str, typer.Option(help=f"One of: {', '.join(get_args(Policy))}.")]
 
 
 def load_of(name: str) -> np.ndarray:

@@ -6,9 +6,9 @@ from typing import Annotated, cast, get_args
 import numpy as np
 import typer
 
-from eplb_jax import traces
 from eplb_jax.cli.arguments import told
 from eplb_jax.cli.files import check_writable, write_whole
+from eplb_jax.evaluation import traces
 
 KINDS = ", ".join(get_args(traces.Kind))
 

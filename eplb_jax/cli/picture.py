@@ -10,7 +10,7 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from eplb_jax.replay import Replay
+from eplb_jax.evaluation.replay import Replay
 
 _LINES = ("#1f77b4", "#2ca02c", "#ff7f0e", "#9467bd", "#17becf", "#8c564b", "#e377c2", "#bcbd22")
 _LEGEND = {"loc": "outside upper left", "ncols": 5, "frameon": False}

@@ -14,11 +14,11 @@ from rich.table import Table
 
 from eplb_jax.cli.arguments import FILES, Gpus, Groups, Nodes, PolicyName, Replicas, load_of, told
 from eplb_jax.cli.files import check_drawable, check_writable, write_figure, write_whole
-from eplb_jax.metrics import Balance, balance, evenness, gap
-from eplb_jax.packing.strategy import STRATEGIES
-from eplb_jax.placement import check_placement
-from eplb_jax.rebalance import Policy, rebalance_experts, resolve_policy
-from eplb_jax.replay import in_order, timed
+from eplb_jax.evaluation.metrics import Balance, balance, evenness, gap
+from eplb_jax.evaluation.replay import in_order, timed
+from eplb_jax.planning.placement import check_placement
+from eplb_jax.planning.plan import Policy, rebalance_experts, resolve_policy
+from eplb_jax.planning.strategies import STRATEGIES
 from eplb_jax.types import Placement
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from rich import box
 from rich.table import Table
 
-from eplb_jax.replay import Replay
+from eplb_jax.evaluation.replay import Replay
 
 
 def _percent(digits: int) -> Callable[[float], str]:

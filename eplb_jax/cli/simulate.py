@@ -13,9 +13,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from eplb_jax.cli.arguments import FILES, Gpus, Groups, Nodes, PolicyName, Replicas, load_of, told
 from eplb_jax.cli.files import check_drawable, check_writable, write_figure, write_whole
 from eplb_jax.cli.report import report, table
-from eplb_jax.packing.strategy import STRATEGIES, resolve
-from eplb_jax.rebalance import Policy
-from eplb_jax.replay import Plan, Replay, all_windows, last_window, replay, without_balancer
+from eplb_jax.evaluation.replay import (
+    Plan,
+    Replay,
+    all_windows,
+    last_window,
+    replay,
+    without_balancer,
+)
+from eplb_jax.planning.plan import Policy
+from eplb_jax.planning.strategies import STRATEGIES, resolve_strategy
 
 LAST_WINDOW, NO_BALANCER = "deepseek, last window", "no balancer"
 
@@ -97,7 +104,7 @@ def simulate(
                 *sizes,
                 keep=keep,
                 policy=checked,
-                strategy=resolve(name),
+                strategy=resolve_strategy(name),
                 max_moves=max_moves,
                 price=price,
             )

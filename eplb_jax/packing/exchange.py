@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int32, Key, Num
 
-from eplb_jax.packing.lanes import fixed_point
+from eplb_jax.arrays import fixed_point
 
 BITS = 26
 """For the load of a pack."""

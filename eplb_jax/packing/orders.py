@@ -17,7 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int32, Key
 
-from eplb_jax.packing.lanes import falling_order, unfused
+from eplb_jax.arrays import unfused
+from eplb_jax.packing.sorting import descending_order
 
 
 @runtime_checkable
@@ -68,7 +69,7 @@ class Shuffle:
 
     def draw(self, key: Key[Array, ""], num_items: int) -> Int32[Array, "n K"]:
         """One permutation a lane."""
-        return falling_order(jax.random.uniform(key, (num_items, self.count), jnp.float32))
+        return descending_order(jax.random.uniform(key, (num_items, self.count), jnp.float32))
 
 
 @dataclass(frozen=True)

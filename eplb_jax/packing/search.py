@@ -14,20 +14,20 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int32, Key, Num
 
-from eplb_jax.packing.distinct import repeats_in, separate
-from eplb_jax.packing.lanes import (
+from eplb_jax.arrays import (
     LOAD_BITS,
     along,
-    exact_falling_order,
-    falling_order,
     fixed_point,
     index_bits,
     loads_of,
     look_up,
+    normalise,
+    normalise_windows,
 )
-from eplb_jax.packing.objective import Objective, best
-from eplb_jax.packing.strategy import Strategy
-from eplb_jax.validation import all_normalised, normalised
+from eplb_jax.packing.duplicates import repeats_in, separate
+from eplb_jax.packing.objectives import Objective, best
+from eplb_jax.packing.searches import Search
+from eplb_jax.packing.sorting import descending_order, exact_descending_order
 
 BLOCK = 1 << 18
 """Items times lanes that are searched at once: a megabyte an array, which caches hold."""
@@ -38,7 +38,7 @@ _Found = TypeVar("_Found")
 def packs(
     weight: Float[Array, "L n"],
     num_packs: int,
-    strategy: Strategy,
+    strategy: Search,
     key: Key[Array, ""],
     labels: Int32[Array, "L n"] | None = None,
     repeats: int | None = None,
@@ -58,10 +58,10 @@ def packs(
         return jnp.zeros((0, num_packs, n // num_packs), jnp.int32)
     refinement = strategy.refinement
     keeps_labels = refinement is not None and refinement.keeps_labels
-    weight = normalised(weight)
+    weight = normalise(weight)
     with jax.named_scope("sorted"):
         # What nearly falls does for exchanges, in half the time.
-        order = (falling_order if keeps_labels else exact_falling_order)(weight.T)
+        order = (descending_order if keeps_labels else exact_descending_order)(weight.T)
     if num_packs == 1:
         return order.T[:, None]
 
@@ -71,7 +71,7 @@ def packs(
     if refinement is not None and refinement.sees_windows:
         seen = falling[None]
         if windows is not None:
-            windows = jnp.moveaxis(all_normalised(windows), 0, -1)
+            windows = jnp.moveaxis(normalise_windows(windows), 0, -1)
             seen = jax.vmap(lambda x: look_up(x, order))(windows)
     found = _found(_Items(falling, seen, label), num_packs, strategy, key)
     contents = jnp.moveaxis(look_up(order, found), -1, 0)
@@ -106,7 +106,7 @@ class _Drawn(NamedTuple):
     noisy: Float[Array, "n K2"]
 
 
-def _draw(strategy: Strategy, key: Key[Array, ""], num_items: int) -> _Drawn:
+def _draw(strategy: Search, key: Key[Array, ""], num_items: int) -> _Drawn:
     keys = jax.random.split(key, len(strategy.orders))
     drawn = [order.draw(k, num_items) for order, k in zip(strategy.orders, keys, strict=True)]
     fixed = [x for x in drawn if x.dtype == jnp.int32]
@@ -118,7 +118,7 @@ def _draw(strategy: Strategy, key: Key[Array, ""], num_items: int) -> _Drawn:
 
 
 def _found(
-    items: _Items, num_packs: int, strategy: Strategy, key: Key[Array, ""]
+    items: _Items, num_packs: int, strategy: Search, key: Key[Array, ""]
 ) -> Int32[Array, "m c L"]:
     """The packing that the strategy finds for every layer."""
     n, num_layers = items.weight.shape
@@ -164,7 +164,7 @@ class _Finished(NamedTuple):
 
 
 def _refined(
-    contents: Int32[Array, "m c lanes"], items: _Items, strategy: Strategy, key: Key[Array, ""]
+    contents: Int32[Array, "m c lanes"], items: _Items, strategy: Search, key: Key[Array, ""]
 ) -> tuple[Int32[Array, "m c lanes"], tuple[Num[Array, " lanes"], ...]]:
     """The packing of every lane after the refinement, and its scores if several are compared."""
     refinement, label = strategy.refinement, items.label
@@ -218,7 +218,7 @@ def _orders(weight: Float[Array, "n L"], drawn: _Drawn) -> Int32[Array, "n L K"]
 
 
 def _by_key(keys: Float[Array, "n L K"]) -> Int32[Array, "n L K"]:
-    return falling_order(keys.reshape(len(keys), -1)).reshape(keys.shape)
+    return descending_order(keys.reshape(len(keys), -1)).reshape(keys.shape)
 
 
 def _select(

@@ -10,9 +10,9 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, Int32, Num
 from numpy.typing import ArrayLike
 
+from eplb_jax.checks import as_count
 from eplb_jax.sharding import spec_of, under_auto
 from eplb_jax.types import AxisName
-from eplb_jax.validation import as_count
 
 
 def load_of_ids(

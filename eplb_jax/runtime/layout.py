@@ -13,9 +13,9 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jax.tree_util import PyTreeDef, keystr
 from jaxtyping import Array, Bool, Int32, PyTree
 
+from eplb_jax.checks import check_divides
 from eplb_jax.runtime.transport import axis_size, transported
 from eplb_jax.types import AxisName, Placement
-from eplb_jax.validation import check_divides
 
 
 @dataclass(frozen=True)

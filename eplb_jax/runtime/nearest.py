@@ -8,10 +8,10 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Int32
 
-from eplb_jax.placement import places
+from eplb_jax.checks import as_count, check_divides
+from eplb_jax.planning.placement import first_positions
 from eplb_jax.sharding import by_layers
 from eplb_jax.types import Placement
-from eplb_jax.validation import as_count, check_divides
 
 _NEVER = 2**31 - 1
 
@@ -56,7 +56,7 @@ def _nearest(placement: Placement, *, num_gpus: int, num_nodes: int) -> Int32[Ar
     number = (gpus + jnp.arange(num_experts, dtype=jnp.int32)[:, None]) % num_gpus
 
     def table(phy2log: Int32[Array, " R"]) -> Int32[Array, "E G"]:
-        place = places(phy2log, num_experts, num_gpus)
+        place = first_positions(phy2log, num_experts, num_gpus)
         size = phy2log.size // num_gpus
         held = place < size
         on_node = jnp.any(held[:, None] & same_node, axis=2)

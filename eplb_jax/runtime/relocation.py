@@ -9,11 +9,11 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Int32, PyTree
 
-from eplb_jax.placement import check_plan, is_plan
+from eplb_jax.checks import as_count, check_divides, is_concrete
+from eplb_jax.planning.placement import as_placement, is_valid
 from eplb_jax.runtime.layout import Layout, layout_of
-from eplb_jax.transition import moves
+from eplb_jax.transition.moves import moves
 from eplb_jax.types import AxisName, Placement
-from eplb_jax.validation import as_count, can_be_seen, check_divides
 
 
 class Relocated(NamedTuple):
@@ -88,8 +88,8 @@ def relocate(
         >>> bool((moved["up"] == plan.phy2log * 10).all())
         True
     """
-    check_plan(old, "old")
-    check_plan(new, "new")
+    as_placement(old, "old")
+    as_placement(new, "new")
     for name, x, y in zip(Placement._fields, old, new, strict=True):
         if x.shape != y.shape:
             raise ValueError(f"{name} of new has the shape {y.shape}, but that of old {x.shape}")
@@ -98,7 +98,7 @@ def relocate(
         "num_nodes", as_count("num_nodes", num_nodes), "size of axis_name", layout.num_gpus
     )
     old, new = (Placement(*(layout.everywhere(x) for x in plan)) for plan in (old, new))
-    plan = some_layers(old, new, is_plan(old) & is_plan(new))
+    plan = some_layers(old, new, is_valid(old) & is_valid(new))
     changes = jnp.any(old.phy2log != plan.phy2log, axis=-1)
     source = None
     if ragged:
@@ -153,9 +153,9 @@ def to_slots(
         >>> bool((slots == plan.phy2log * 10).all())
         True
     """
-    check_plan(placement, "placement")
+    as_placement(placement, "placement")
     layout = layout_of(logical, placement, mesh, axis_name, specs, "logical", logical=True)
-    leaves, seen = jax.tree.leaves(logical), can_be_seen(placement.phy2log)
+    leaves, seen = jax.tree.leaves(logical), is_concrete(placement.phy2log)
     if seen and all(isinstance(x, np.ndarray) for x in leaves):
         leaves = layout.read(leaves, np.asarray(placement.phy2log))
     elif placement.logcnt.shape[-1] % layout.num_gpus:
@@ -206,7 +206,7 @@ def to_logical(
     order where its size divides E, and lie on all devices where it does not. Arguments and errors
     are those of `relocate`; inside `jit`, where a plan cannot be seen, it must be one.
     """
-    check_plan(placement, "placement")
+    as_placement(placement, "placement")
     layout = layout_of(params, placement, mesh, axis_name, specs, "params")
     leaves, experts = jax.tree.leaves(params), _all_experts(placement)
     if placement.logcnt.shape[-1] % layout.num_gpus:

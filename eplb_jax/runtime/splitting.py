@@ -9,9 +9,10 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int32
 
+from eplb_jax.arrays import sanitise
+from eplb_jax.checks import LoadLike, as_count, as_load, check_divides
 from eplb_jax.sharding import spec_of, under_auto
 from eplb_jax.types import Placement
-from eplb_jax.validation import LoadLike, as_count, as_load, check_divides, sanitised
 
 OVERSTEP = 1.3
 """Steps over the safe one, 1 / split slots of a GPU; with momentum they converge below 4/3."""
@@ -83,8 +84,8 @@ def _split_load(
 ) -> Float[Array, "*L R"]:
     split = partial(_split_of_layer, num_gpus=num_gpus, steps=steps)
     if load.ndim == 1:
-        return split(sanitised(load), phy2log, logcnt)
-    return jax.vmap(split)(sanitised(load), phy2log, logcnt)
+        return split(sanitise(load), phy2log, logcnt)
+    return jax.vmap(split)(sanitise(load), phy2log, logcnt)
 
 
 class _Descent(NamedTuple):

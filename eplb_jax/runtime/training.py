@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, PyTree
 
-from eplb_jax.placement import check_plan, counted
+from eplb_jax.planning.placement import as_placement, count_replicas
 from eplb_jax.runtime.layout import layout_of
 from eplb_jax.types import AxisName, Placement
 
@@ -43,10 +43,10 @@ def sum_replicas(
         >>> sum_replicas(jnp.array([5.0, 1.0, 2.0]), Placement(*maps), mesh).tolist()
         [7.0, 1.0, 7.0]
     """
-    check_plan(placement, "placement")
+    as_placement(placement, "placement")
     layout = layout_of(grads, placement, mesh, axis_name, specs, "grads")
     held, num_experts = placement.phy2log, placement.logcnt.shape[-1]
-    changes = jnp.any(counted(held, num_experts) > 1, axis=-1)
+    changes = jnp.any(count_replicas(held, num_experts) > 1, axis=-1)
     leaves = jax.tree.leaves(grads)
     leaves = layout.carried(leaves, held, held, changes, num_experts, add=True)
     return jax.tree.unflatten(layout.tree, leaves)
@@ -71,7 +71,7 @@ def counted_once(tree: PyTree[Array], placement: Placement) -> PyTree[Array]:
         >>> counted_once(jnp.array([7.0, 1.0, 7.0]), Placement(*maps)).tolist()
         [7.0, 1.0, 0.0]
     """
-    check_plan(placement, "placement")
+    as_placement(placement, "placement")
     first = jnp.take_along_axis(placement.log2phy[..., 0], placement.phy2log, axis=-1)
     is_first = first == jnp.arange(first.shape[-1], dtype=jnp.int32)
 

@@ -26,7 +26,7 @@ from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Int32
 
-from eplb_jax.placement import counted, places
+from eplb_jax.planning.placement import count_replicas, first_positions
 from eplb_jax.types import AxisName
 
 NONE = -1
@@ -138,7 +138,7 @@ def route_of_copies(
     Of an expert that others want one device sends one row; where several could, they take turns.
     """
     held_by, wanted_by = held.reshape(num_gpus, -1), wanted.reshape(num_gpus, -1)
-    size, at = held_by.shape[1], places(held, num_experts, num_gpus)
+    size, at = held_by.shape[1], first_positions(held, num_experts, num_gpus)
     gpu = jnp.arange(num_gpus, dtype=jnp.int32)[:, None]
     local = at[wanted_by, gpu]
     if held_by.shape == wanted_by.shape:
@@ -162,7 +162,7 @@ def route_of_sums(
     Experts of one slot that is where it should be stay out of it.
     """
     route = route_of_copies(held, wanted, num_experts, num_gpus)
-    moving = (counted(held, num_experts) > 1) | jnp.zeros(num_experts, bool).at[route.wanted].max(
+    moving = (count_replicas(held, num_experts) > 1) | jnp.zeros(num_experts, bool).at[route.wanted].max(
         route.local == NONE
     )
     sends, fetches = moving[route.held], moving[route.wanted]

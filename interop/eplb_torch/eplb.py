@@ -18,7 +18,7 @@ import torch
 
 import eplb_jax
 from eplb_jax import Strategy
-from eplb_jax.rebalance import Policy, place_replicas
+from eplb_jax.planning.plan import Policy, place_replicas
 from eplb_torch.backend import compute_device, untraced
 from eplb_torch.handover import load_for, map_for
 

@@ -9,8 +9,8 @@ import torch
 
 import eplb_torch.eplb
 from eplb_jax import Strategy
-from eplb_jax.packing.strategy import resolve
-from eplb_jax.validation import as_count, check_divides
+from eplb_jax.checks import as_count, check_divides
+from eplb_jax.planning.strategies import resolve_strategy
 
 
 def rebalance_experts(
@@ -57,7 +57,7 @@ def rebalance_experts(
     check_divides("num_local_physical_experts", slots, "num_physical_experts", replicas)
     load = tokens_per_expert
     in_one = isinstance(load, torch.Tensor) and load.ndim == 3 and not load.is_complex()
-    if in_one and not resolve(strategy).distinct:
+    if in_one and not resolve_strategy(strategy).distinct:
         load = load.sum(dim=0, dtype=torch.float64 if load.is_floating_point() else torch.int64)
     return eplb_torch.eplb.rebalance_experts(
         load,
@@ -81,7 +81,7 @@ def install(strategy: str | Strategy = "auto") -> None:
     """
     from sglang.srt.eplb import eplb_algorithms  # pyright: ignore[reportMissingImports]
 
-    chosen = resolve(strategy)
+    chosen = resolve_strategy(strategy)
     current = eplb_algorithms.rebalance_experts
     original = getattr(current, "replaced", current)
 

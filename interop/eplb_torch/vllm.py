@@ -9,8 +9,8 @@ from typing import ClassVar
 
 import torch
 
-from eplb_jax.packing.strategy import Strategy, resolve
-from eplb_jax.validation import as_limit, lacking
+from eplb_jax.checks import as_limit, lacking
+from eplb_jax.planning.strategies import Strategy, resolve_strategy
 from eplb_torch.eplb import rebalance_experts
 
 VARIABLE = "EPLB_TORCH_VLLM"
@@ -95,7 +95,7 @@ def install(strategy: str | Strategy = "auto", max_moves: int | None = None) -> 
     current = EPLB_POLICIES["default"]
     returned = current.rebalance_experts.__annotations__.get("return", "")
     names = {
-        "strategy": resolve(strategy),
+        "strategy": resolve_strategy(strategy),
         "max_moves": None if max_moves is None else int(as_limit("max_moves", max_moves)),
         "all_maps": getattr(current, "all_maps", "tuple" in str(returned).lower()),
     }

@@ -1,7 +1,7 @@
 """Hashes of plans, at XLA's default flags: what a change of the code's structure must not change.
 
-    python tests/golden/plans.py            # compare with plans.json; prints what differs
-    python tests/golden/plans.py --write    # make plans.json anew
+python tests/golden/plans.py            # compare with plans.json; prints what differs
+python tests/golden/plans.py --write    # make plans.json anew
 """
 
 import hashlib
@@ -59,15 +59,17 @@ def cases():
         for strategy in ("auto", "greedy", "fast", "best"):
             if strategy == "best" and name not in ("c2", "c4", "c12", "hierarchical"):
                 continue
-            yield f"{strategy} {name}", lambda a=load, c=counts, s=strategy: rebalance(
-                a, *c[1:], strategy=s
+            yield (
+                f"{strategy} {name}",
+                lambda a=load, c=counts, s=strategy: rebalance(a, *c[1:], strategy=s),
             )
     for strategy in SEEDS:
         for name in ("c3", "c7", "hierarchical"):
             layers, *counts = shapes[name]
             load = drawn(layers, counts[0], 2)
-            yield f"{strategy} {name}", lambda a=load, c=counts, s=strategy: rebalance(
-                a, *c[1:], strategy=s
+            yield (
+                f"{strategy} {name}",
+                lambda a=load, c=counts, s=strategy: rebalance(a, *c[1:], strategy=s),
             )
     for count in (2, 8, 16, 23):
         for name in ("c2", "c5", "c12", "hierarchical"):
@@ -83,33 +85,46 @@ def cases():
             load = windows(count, 12, 32, 6)
             load = load[0] if count == 1 else load
             title = f"{name}, {count} windows"
-            yield f"previous, {title}", lambda a=load, t=topology, o=old: rebalance(
-                a, *t, previous=o
+            yield (
+                f"previous, {title}",
+                lambda a=load, t=topology, o=old: rebalance(a, *t, previous=o),
             )
             for most in (0, 1, 4, 12, 40):
-                yield f"max_moves {most}, {title}", lambda a=load, t=topology, o=old, k=most: (
-                    rebalance(a, *t, previous=o, max_moves=k)
+                yield (
+                    f"max_moves {most}, {title}",
+                    lambda a=load, t=topology, o=old, k=most: rebalance(
+                        a, *t, previous=o, max_moves=k
+                    ),
                 )
-            yield f"penalty, {title}", lambda a=load, t=topology, o=old: rebalance(
-                a, *t, previous=o, **{PENALTY: 0.01}
+            yield (
+                f"penalty, {title}",
+                lambda a=load, t=topology, o=old: rebalance(a, *t, previous=o, **{PENALTY: 0.01}),
             )
-            yield f"penalty and map, {title}", lambda a=load, t=topology, o=old: rebalance(
-                a, *t, previous=np.asarray(o.phy2log), max_moves=9, **{PENALTY: 0.003}
+            yield (
+                f"penalty and map, {title}",
+                lambda a=load, t=topology, o=old: rebalance(
+                    a, *t, previous=np.asarray(o.phy2log), max_moves=9, **{PENALTY: 0.003}
+                ),
             )
     for strategy in ("auto", "greedy", "best", *SEEDS):
         weight = drawn(12, 24, 7)
         labels = np.random.default_rng(8).integers(0, 14, (12, 24))
-        yield f"packing, {strategy}", lambda w=weight, s=strategy: eplb_jax.balanced_packing(
-            w, 6, strategy=s
+        yield (
+            f"packing, {strategy}",
+            lambda w=weight, s=strategy: eplb_jax.balanced_packing(w, 6, strategy=s),
         )
-        yield f"packing with labels, {strategy}", lambda w=weight, x=labels, s=strategy: (
-            eplb_jax.balanced_packing(w, 6, strategy=s, labels=x)
+        yield (
+            f"packing with labels, {strategy}",
+            lambda w=weight, x=labels, s=strategy: eplb_jax.balanced_packing(
+                w, 6, strategy=s, labels=x
+            ),
         )
     v3, oss = eplb_jax.loads.example(), eplb_jax.loads.example("gpt_oss_20b")
     lite = eplb_jax.loads.example("deepseek_v2_lite")
     for strategy in ("auto", "fast", "greedy", "restarts", "lns", "two_swap"):
-        yield f"v3, {strategy}", lambda s=strategy: rebalance(
-            v3.sum(0), 288, 8, 4, 32, policy="global", strategy=s
+        yield (
+            f"v3, {strategy}",
+            lambda s=strategy: rebalance(v3.sum(0), 288, 8, 4, 32, policy="global", strategy=s),
         )
     yield "v3, hierarchical", lambda: rebalance(v3.sum(0), 288, 8, 4, 32)
     yield "v3, 2 windows", lambda: rebalance(v3, 288, 8, 4, 32, policy="global")

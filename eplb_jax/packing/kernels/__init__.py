@@ -8,34 +8,25 @@ stay the default: this has been lowered for CUDA and run by an interpreter, not 
 
 import dataclasses
 
+from eplb_jax.packing.differencing import BestStart
 from eplb_jax.packing.kernels.exchanges import InKernel as InKernel
+from eplb_jax.packing.kernels.exchanges import PortfolioInKernel as PortfolioInKernel
 from eplb_jax.packing.kernels.greedy import GreedyInKernel as GreedyInKernel
-from eplb_jax.packing.pairs import Pairs
-from eplb_jax.packing.portfolio import Peak, Portfolio
-from eplb_jax.packing.starts import BestStart
-from eplb_jax.packing.strategy import Strategy, resolve
+from eplb_jax.packing.portfolio import Portfolio
+from eplb_jax.packing.searches import Search
 
 
-def in_kernels(strategy: str | Strategy, *, interpret: bool = False) -> Strategy:
-    """The same search in kernels for CUDA: "auto", "fast", "best" or what is made from them.
-
-    Packs of three to five items take steps that stay with XLA before those in the kernel.
-
-    Args:
-        strategy: A name or a `Strategy` whose refinement is a `Portfolio`.
-        interpret: Run the kernels by an interpreter, on any platform: for tests.
+def search_in_kernels(plain: Search, *, interpret: bool) -> Search:
+    """The same search in kernels for CUDA; `interpret` runs them by an interpreter, for tests.
 
     Raises:
-        ValueError: The strategy is not known, or its refinement is not a `Portfolio`.
+        ValueError: Its refinement is not a `Portfolio`.
     """
-    plain = resolve(strategy)
-    if not isinstance(plain.refinement, Portfolio):
-        raise ValueError(
-            f"strategy={strategy!r} has no form in kernels; choose one of: auto, fast, best"
-        )
-    kernel = InKernel(Pairs(0), Peak(0), interpret)  # `Portfolio` sets the steps
-    refinement = dataclasses.replace(plain.refinement, kernel=kernel)
-    construction = plain.construction
+    portfolio, construction = plain.refinement, plain.construction
+    if not isinstance(portfolio, Portfolio):
+        raise ValueError("the strategy has no form in kernels; choose one of: auto, fast, best")
+    steps = portfolio.columns, portfolio.rounds, portfolio.peaks
     if isinstance(construction, BestStart):
         construction = BestStart(GreedyInKernel(interpret=interpret))
+    refinement = PortfolioInKernel(*steps, interpret=interpret)
     return dataclasses.replace(plain, construction=construction, refinement=refinement)

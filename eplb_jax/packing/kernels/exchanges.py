@@ -11,8 +11,9 @@ from jaxtyping import Array, Key
 
 from eplb_jax.packing.exchange import Exchanges, State, columns
 from eplb_jax.packing.kernels.layer import AT_ONCE, Layer, Ref, Sizes, along_axis, call_of, loop
-from eplb_jax.packing.pairs import Pairs, bundles_of, schedule
-from eplb_jax.packing.portfolio import Peak
+from eplb_jax.packing.pair_exchange import Pairs, bundles_of, schedule
+from eplb_jax.packing.peak_exchange import Peak
+from eplb_jax.packing.portfolio import Portfolio
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,17 @@ class InKernel(Exchanges):
         place = call(*map(jnp.asarray, given))[0].reshape(s.places, s.columns)
         flat = jax.tree.map(lambda x: x.reshape(*x.shape[:-2], -1), state)
         return State(*(columns(x, place[:capacity, :packs]) for x in flat))
+
+
+@dataclass(frozen=True)
+class PortfolioInKernel(Portfolio):
+    """`Portfolio` with its exchanges in one kernel."""
+
+    interpret: bool = False
+
+    def exchanges(self, pairs: Pairs, peak: Peak) -> list[Exchanges]:
+        """What takes these steps, one after the other."""
+        return [InKernel(pairs, peak, self.interpret)]
 
 
 def _all_steps(sizes: Sizes, steps: InKernel, labelled: bool, *refs: Ref) -> None:

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int32
 
-from eplb_jax.packing.construction import Constructed, contents_of
+from eplb_jax.arrays import fixed_point, index_bits, look_up
+from eplb_jax.packing.constructions import Constructed, contents_of
 from eplb_jax.packing.kernels.layer import MOST, Ref, along_axis, call_of, loop
-from eplb_jax.packing.lanes import fixed_point, index_bits, look_up
 
 _FULL = 1 << 30
 

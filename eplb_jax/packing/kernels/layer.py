@@ -18,7 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array
 
-from eplb_jax.packing.pairs import marks
+from eplb_jax.packing.pair_exchange import marks
 
 AT_ONCE = 4096
 """So many numbers are a block: 32 for each of 128 threads, which hold three to five blocks."""

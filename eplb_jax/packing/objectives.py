@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Int32, Num
 
-from eplb_jax.packing.lanes import unfused
+from eplb_jax.arrays import unfused
 
 Objective = Callable[[Num[Array, "m *K"]], tuple[Num[Array, "*K"], ...]]
 """From the loads of the packs to the numbers by which candidates are compared."""

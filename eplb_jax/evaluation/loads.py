@@ -48,7 +48,7 @@ def example(name: str = "deepseek_v3_0324") -> Int64[np.ndarray, "T L E"]:
     """
     if name not in EXAMPLES:
         raise ValueError(f"name={name!r} is not known; choose one of: {', '.join(EXAMPLES)}")
-    source = resources.files("eplb_jax").joinpath("data", f"{name}.npz")
+    source = resources.files("eplb_jax.evaluation").joinpath("data", f"{name}.npz")
     with source.open("rb") as file, np.load(file) as data:
         return data["load"].astype(np.int64)
 

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int32
 
-from eplb_jax.packing.lanes import along, first_equal
+from eplb_jax.arrays import along, first_equal, sanitise, unfused
+from eplb_jax.checks import LoadLike, as_count, as_load, check_multiple
 from eplb_jax.sharding import by_layers
 from eplb_jax.types import Replication
-from eplb_jax.validation import LoadLike, as_count, as_load, check_multiple, sanitised
 
 
 def replicate_experts(weight: LoadLike, num_phy: int) -> Replication:
@@ -42,7 +42,7 @@ def replicate_experts(weight: LoadLike, num_phy: int) -> Replication:
         DeepSeek-AI, EPLB (github.com/deepseek-ai/EPLB): the function of this name. The rule is
         D'Hondt's apportionment (V. D'Hondt, 1882).
     """
-    load = as_load(weight, "weight")
+    load = as_load(weight, "weight", ("layer", "expert"), least_axes=2)
     num_phy = as_count("num_phy", num_phy)
     check_multiple("num_phy", num_phy, "1", 1, least=load.shape[1])
     return _replicate_experts(load, num_phy=num_phy)
@@ -51,7 +51,7 @@ def replicate_experts(weight: LoadLike, num_phy: int) -> Replication:
 @by_layers
 @partial(jax.jit, static_argnames="num_phy")
 def _replicate_experts(weight: Float[Array, "L E"], *, num_phy: int) -> Replication:
-    load = sanitised(weight)
+    load = sanitise(weight)
     idle = jnp.all(load == 0, axis=1, keepdims=True)
     return replicate(jnp.where(idle, 1, load), num_phy)
 
@@ -96,3 +96,24 @@ def listed(logcnt: Int32[Array, "L E"], num_phy: int) -> Replication:
     repeat = lambda counts: jnp.repeat(expert, counts, total_repeat_length=num_phy)  # noqa: E731
     phy2log = jax.vmap(repeat)(logcnt)
     return Replication(phy2log, slot - along(first, phy2log, 1), logcnt)
+
+
+_MARGINS = (0.5, 1.0, 0.75, 1.5)
+"""Shares of how far the loads of an expert rose above the middle."""
+
+
+_FEW = 128
+"""Replicas."""
+
+
+def counts_over_windows(
+    load: Float[Array, "L E"], above: Float[Array, "L E"], num_replicas: int, most: int | None
+) -> Int32[Array, "L k E"]:
+    """Counts to choose from by packing them over windows.
+
+    The greedy ones for a share of what every expert rose `above` the middle: a replica that is
+    late costs more than one that idles. Small layers have the time to try several shares.
+    """
+    margins = _MARGINS if num_replicas <= _FEW else _MARGINS[:1]
+    counts = [replicate(load + unfused(k * above), num_replicas, most).logcnt for k in margins]
+    return jnp.stack(counts, axis=1)

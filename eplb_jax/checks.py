@@ -2,29 +2,41 @@
 
 import operator
 from collections.abc import Sequence
-from typing import SupportsFloat, SupportsIndex
+from typing import Any, SupportsFloat, SupportsIndex
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jax.core import Tracer
-from jaxtyping import Array, Float, Int, Int32, Key
+from jaxtyping import Array, Float, Int32, Key
 from numpy.typing import ArrayLike
-
-from eplb_jax.types import Placement
 
 LoadLike = ArrayLike | Array
 """What public functions take as loads: anything `jnp.asarray` takes, nested lists too."""
 
+LOAD_AXES = ("window", "layer", "expert")
+
 
 def as_load(
-    value: LoadLike, name: str, axes: Sequence[str] = ("layer", "expert"), *, windows: bool = False
-) -> Float[Array, "*T L E"] | Float[np.ndarray, "*T L E"]:
-    """A float32 array [L, E] of loads, or with `windows` [T, L, E], checked as far as it is known.
+    value: LoadLike,
+    name: str,
+    axes: Sequence[str] = LOAD_AXES,
+    *,
+    least_axes: int = 1,
+    check: bool = True,
+) -> Float[Array, "..."] | Float[np.ndarray, "..."]:
+    """A float32 array of loads whose shape is all of `axes` or the last ones.
 
     64-bit counts become float32 before JAX, which would wrap them, sees them. Values are checked
-    where the array is concrete; inside a trace `sanitised` gives them a defined meaning.
+    where the array is concrete, on the host if it is there; inside a trace `sanitise` gives them
+    a defined meaning.
+
+    Args:
+        value: The loads.
+        name: Name of the argument, for errors.
+        axes: What the axes are called.
+        least_axes: How many of them there must be at least.
+        check: Whether to check values, which waits for the device of a JAX array.
 
     Raises:
         TypeError: It holds no real numbers.
@@ -34,20 +46,20 @@ def as_load(
     array = value if isinstance(value, jax.Array) else _to_numpy(value, name)
     if not any(jnp.issubdtype(array.dtype, kind) for kind in (np.floating, np.integer, np.bool_)):
         raise TypeError(f"{name} must hold real numbers, got dtype {array.dtype}")
-    if windows and array.ndim == 3:
-        axes = ("window", *axes)
-    if array.ndim != len(axes) or array.shape[-1] == 0 or (len(axes) == 3 and len(array) == 0):
-        wanted = ", ".join(f"{axis}s" for axis in axes)
-        either = f" or [windows, {wanted}]" if windows and array.ndim != 3 else ""
-        raise ValueError(f"{name} must have the shape [{wanted}]{either}, got {array.shape}")
+    named = axes[len(axes) - array.ndim :]
+    empty = array.ndim and (array.shape[-1] == 0 or (named[:1] == ("window",) and len(array) == 0))
+    if not least_axes <= array.ndim <= len(axes) or empty:
+        shapes = [axes[len(axes) - k :] for k in range(least_axes, len(axes) + 1)]
+        wanted = " or ".join("[" + ", ".join(f"{x}s" for x in shape) + "]" for shape in shapes)
+        raise ValueError(f"{name} must have the shape {wanted}, got {array.shape}")
     with np.errstate(over="ignore"):
         load = array.astype(np.float32)
-    if not isinstance(load, Tracer) and not jax.device_get(_is_valid(load)):
-        if not can_be_seen(load):
+    if check and not isinstance(load, Tracer) and not jax.device_get(_is_valid(load)):
+        if not is_concrete(load):
             raise ValueError(f"{name} holds loads that are NaN, infinite or negative")
         bad = np.asarray(jax.device_get(load))
         place = tuple(np.argwhere(~(np.isfinite(bad) & (bad >= 0)))[0])
-        where = ", ".join(f"{axis} {i}" for axis, i in zip(axes, place, strict=True))
+        where = ", ".join(f"{axis} {i}" for axis, i in zip(named, place, strict=True))
         raise ValueError(
             f"{name} at {where} is {bad[place]}; loads must be finite and not negative"
         )
@@ -75,50 +87,53 @@ def as_labels(value: ArrayLike | Array, shape: tuple[int, ...]) -> Int32[Array, 
 
 
 def as_experts(
-    value: Placement | LoadLike,
+    value: Any,
     name: str,
     shape: tuple[int, ...] | None = None,
     num_experts: int | None = None,
-) -> Int32[Array, "L R"]:
-    """The expert in every slot, of a plan or its phy2log; values that can be seen are checked."""
-    value = value.phy2log if isinstance(value, Placement) else value
+) -> Int32[Array, "*L R"]:
+    """The expert in every slot, of a plan or of any map like its phy2log.
+
+    Raises:
+        TypeError: It does not hold integers.
+        ValueError: It has another shape, or is concrete and holds a number that is no expert.
+    """
+    value = getattr(value, "phy2log", value)
     array = value if isinstance(value, jax.Array) else _to_numpy(value, name)
     if array.dtype.kind not in "iu":
-        raise TypeError(f"{name} must hold whole numbers, got dtype {array.dtype}")
-    if array.ndim != 2 or (shape is not None and array.shape != shape):
-        wanted = "" if shape is None else f" = {shape}"
-        raise ValueError(f"{name} must have the shape [layers, slots]{wanted}, got {array.shape}")
-    if can_be_seen(array):
-        seen = np.asarray(array)
+        raise TypeError(f"{name} must hold integers, got dtype {array.dtype}")
+    if array.ndim not in (1, 2) or (shape is not None and array.shape != shape):
+        wanted = "[layers, slots] or [slots]" if shape is None else f"{shape}"
+        raise ValueError(f"{name} must have the shape {wanted}, got {array.shape}")
+    if is_concrete(array):
+        experts = np.asarray(array)
         most = np.iinfo(np.int32).max if num_experts is None else num_experts - 1
-        for layer, slot in np.argwhere((seen < 0) | (seen > most))[:1]:
+        for where in np.argwhere((experts < 0) | (experts > most))[:1]:
+            layer = f"layer {where[0]}, " if array.ndim == 2 else ""
             raise ValueError(
-                f"{name} at layer {layer}, slot {slot} is {seen[layer, slot]}; "
+                f"{name} at {layer}slot {where[-1]} is {experts[tuple(where)]}; "
                 f"experts are numbered 0 to {most}"
             )
     return jnp.asarray(array, jnp.int32)
 
 
-def can_be_seen(array: Array | np.ndarray) -> bool:
-    """Whether this process has the values: not of traces, nor of what lies on other hosts alone."""
+def is_concrete(array: Array | np.ndarray) -> bool:
+    """Whether values are known and addressable here: not in a trace, not on other hosts alone."""
     if isinstance(array, Tracer):
         return False
     return isinstance(array, np.ndarray) or array.is_fully_addressable or array.is_fully_replicated
 
 
-def lacking(experts: Int[np.ndarray, "L R"], num_experts: int) -> Int[np.ndarray, "k 2"]:
-    """Layer and expert wherever a layer has no slot for an expert."""
-    held = np.zeros((len(experts), num_experts), bool)
-    held[np.arange(len(experts))[:, None], experts] = True
-    return np.argwhere(~held)
-
-
-def check_complete(experts: Int32[Array, "L R"], num_experts: int, name: str) -> None:
-    """Raise ValueError if a layer lacks an expert, where that can be seen."""
-    if not can_be_seen(experts):
+def check_complete(experts: Int32[Array, "*L R"], num_experts: int, name: str) -> None:
+    """Raise ValueError if a layer has no slot for an expert, where the map is concrete."""
+    if not is_concrete(experts):
         return
-    for layer, expert in lacking(np.asarray(experts), num_experts)[:1]:
-        raise ValueError(f"{name} has no slot for expert {expert} in layer {layer}")
+    by_layer = np.asarray(experts).reshape(-1, experts.shape[-1])
+    held = np.zeros((len(by_layer), num_experts), bool)
+    held[np.arange(len(by_layer))[:, None], by_layer] = True
+    for layer, expert in np.argwhere(~held)[:1]:
+        where = f" in layer {layer}" if experts.ndim > 1 else ""
+        raise ValueError(f"{name} has no slot for expert {expert}{where}")
 
 
 def as_limit(name: str, value: SupportsIndex | Array) -> Int32[Array, ""]:
@@ -131,7 +146,7 @@ def as_limit(name: str, value: SupportsIndex | Array) -> Int32[Array, ""]:
     return jnp.asarray(min(count, np.iinfo(np.int32).max), jnp.int32)
 
 
-def as_price(name: str, value: float | Array) -> Float[Array, ""]:
+def as_penalty(name: str, value: float | Array) -> Float[Array, ""]:
     """`as_amount` as an array, or the number of a trace as it is."""
     if isinstance(value, Tracer):
         return value.astype(jnp.float32)
@@ -170,40 +185,6 @@ def _is_valid(load: Array | np.ndarray) -> Array | np.bool_:
 @jax.jit
 def _all_valid(load: Array) -> Array:
     return jnp.all(jnp.isfinite(load) & (load >= 0))
-
-
-def sanitised(load: Float[Array, "... E"]) -> Float[Array, "... E"]:
-    """Loads with a defined meaning whatever they hold, scaled so that no sum overflows.
-
-    Inside `jax.jit`, where values cannot be checked, NaN and negative loads count as zero and
-    infinite ones as the largest float32.
-    """
-    finite = jnp.nan_to_num(jnp.maximum(load, 0), posinf=float(np.finfo(np.float32).max))
-    return normalised(jnp.abs(finite))
-
-
-def normalised(load: Float[Array, "... E"]) -> Float[Array, "... E"]:
-    """Every layer divided by a power of two, which is exact: its largest load lies in [1, 4)."""
-    return _scaled(load, -1)
-
-
-def all_normalised(windows: Float[Array, "L T E"]) -> Float[Array, "L T E"]:
-    """The windows of a layer divided by one power of two: their largest load lies in [1, 4)."""
-    return _scaled(windows, (-2, -1))
-
-
-def _scaled(load: Array, axis: int | tuple[int, ...]) -> Array:
-    largest = jnp.max(load, axis=axis, keepdims=True, initial=0)
-    exponent = lax.bitcast_convert_type(largest, jnp.int32) & 0x7F800000
-    # XLA multiplies by the inverse, and that of 2^127 is not a normal number: zero.
-    power = jnp.minimum(lax.bitcast_convert_type(exponent, jnp.float32), 2.0**126)
-    return load / jnp.where(power > 0, power, 1)
-
-
-def relative(load: Float[Array, "L E"]) -> Float[Array, "L E"]:
-    """Every layer divided by its largest load: the same whatever the unit."""
-    largest = jnp.max(load, axis=-1, keepdims=True, initial=0)
-    return load / jnp.where(largest > 0, largest, 1)
 
 
 def as_count(name: str, value: SupportsIndex, least: int = 1) -> int:

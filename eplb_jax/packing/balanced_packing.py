@@ -8,12 +8,8 @@ import numpy as np
 from jaxtyping import Array, Float, Int32, Key
 from numpy.typing import ArrayLike
 
-from eplb_jax.packing.lanes import MAX_ITEMS, along, inverse, take_rows
-from eplb_jax.packing.search import packs
-from eplb_jax.packing.strategy import Strategy, resolve
-from eplb_jax.sharding import by_layers
-from eplb_jax.types import Packing
-from eplb_jax.validation import (
+from eplb_jax.arrays import along, relative, sanitise, take_rows
+from eplb_jax.checks import (
     LoadLike,
     as_count,
     as_key,
@@ -21,16 +17,19 @@ from eplb_jax.validation import (
     as_load,
     check_divides,
     fixed_if_none,
-    relative,
-    sanitised,
 )
+from eplb_jax.packing.search import packs
+from eplb_jax.packing.searches import Search, resolve_search
+from eplb_jax.packing.sorting import MAX_ITEMS, inverse
+from eplb_jax.sharding import by_layers
+from eplb_jax.types import Packing
 
 
 def balanced_packing(
     weight: LoadLike,
     num_packs: int,
     *,
-    strategy: str | Strategy = "auto",
+    strategy: str | Search = "auto",
     key: Key[Array, ""] | None = None,
     labels: ArrayLike | Array | None = None,
 ) -> Packing:
@@ -66,11 +65,11 @@ def balanced_packing(
     References:
         DeepSeek-AI, EPLB (github.com/deepseek-ai/EPLB): the function of this name.
     """
-    load = as_load(weight, "weight", ("layer", "item"))
+    load = as_load(weight, "weight", ("layer", "item"), least_axes=2)
     num_packs = as_count("num_packs", num_packs)
     check_size(load.shape[1], num_packs)
     marks = None if labels is None else as_labels(labels, load.shape)
-    options = {"num_packs": num_packs, "strategy": resolve(strategy)}
+    options = {"num_packs": num_packs, "strategy": resolve_search(strategy)}
     return _balanced_packing(load, as_key(key), marks, **options)
 
 
@@ -89,9 +88,9 @@ def _balanced_packing(
     labels: Int32[Array, "L n"] | None,
     *,
     num_packs: int,
-    strategy: Strategy,
+    strategy: Search,
 ) -> Packing:
-    load, pack_key = sanitised(weight), fixed_if_none(key)
+    load, pack_key = sanitise(weight), fixed_if_none(key)
     if strategy.distinct:
         load = relative(load)
     if labels is None:

@@ -8,10 +8,10 @@ import numpy as np
 from jaxtyping import Float, Int
 from numpy.typing import ArrayLike
 
-from eplb_jax.metrics import gpu_loads
-from eplb_jax.transition import moves
+from eplb_jax.checks import LoadLike, as_amount, as_load
+from eplb_jax.evaluation.metrics import gpu_loads
+from eplb_jax.transition.moves import moves
 from eplb_jax.types import Placement
-from eplb_jax.validation import LoadLike, as_amount, as_load
 
 Action = Literal["apply", "keep", "not enough evidence"]
 

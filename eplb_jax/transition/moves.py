@@ -9,10 +9,10 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Int32, Int64
 
-from eplb_jax.packing.lanes import first_equal
+from eplb_jax.arrays import first_equal
+from eplb_jax.checks import LoadLike, as_count, as_experts, check_divides, is_concrete
 from eplb_jax.sharding import by_layers
 from eplb_jax.types import Placement
-from eplb_jax.validation import LoadLike, as_count, as_experts, can_be_seen, check_divides
 
 STAYS, SAME_GPU, SAME_NODE, OTHER_NODE = range(4)
 """How far a copy comes: not at all, from its GPU, from another of its node, from another node."""
@@ -91,7 +91,7 @@ def moves(
     num_gpus, num_nodes = as_count("num_gpus", num_gpus), as_count("num_nodes", num_nodes)
     check_divides("num_gpus", num_gpus, "number of slots", before.shape[1])
     check_divides("num_nodes", num_nodes, "num_gpus", num_gpus)
-    if can_be_seen(before) and can_be_seen(after):
+    if is_concrete(before) and is_concrete(after):
         for layer, (x, y) in enumerate(zip(np.asarray(before), np.asarray(after), strict=True)):
             for expert in np.setdiff1d(y, x)[:1]:
                 raise ValueError(f"new holds expert {expert} in layer {layer}, but old does not")

@@ -12,10 +12,10 @@ import jax
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from eplb_jax.packing.strategy import Strategy
-from eplb_jax.rebalance import Policy, rebalance_experts
+from eplb_jax.checks import LoadLike, as_count, as_load, check_divides
+from eplb_jax.planning.plan import Policy, rebalance_experts
+from eplb_jax.planning.strategies import Strategy
 from eplb_jax.types import Placement
-from eplb_jax.validation import LoadLike, as_count, as_load, check_divides
 
 Plan = Callable[[np.ndarray, Placement | None], Placement]
 """From the past windows [H, L, E], oldest first, and the plan in place to the next plan."""
@@ -128,7 +128,7 @@ def in_order(load: Float[np.ndarray, "*T L E"], num_gpus: int) -> Float[np.ndarr
     return np.stack([load[..., gpu == g].sum(axis=-1) for g in range(num_gpus)], axis=-1)
 
 
-def all_windows(
+def plan_from_windows(
     num_replicas: int,
     num_groups: int,
     num_nodes: int,
@@ -158,7 +158,7 @@ def all_windows(
     return plan
 
 
-def last_window(
+def plan_from_last_window(
     num_replicas: int,
     num_groups: int,
     num_nodes: int,

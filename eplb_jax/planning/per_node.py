@@ -5,26 +5,24 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int32, Key
 
-from eplb_jax.forecast import Forecast
-from eplb_jax.joint import counts_over_windows
-from eplb_jax.packing.distinct import repeats_in
-from eplb_jax.packing.lanes import along
-from eplb_jax.packing.objective import best
+from eplb_jax.arrays import along, normalise_windows
+from eplb_jax.packing.duplicates import repeats_in
+from eplb_jax.packing.objectives import best
 from eplb_jax.packing.search import added_up, packs
-from eplb_jax.packing.strategy import Strategy
-from eplb_jax.replication import listed, replicate
+from eplb_jax.planning.forecast import Forecast
+from eplb_jax.planning.replication import counts_over_windows, listed, replicate
+from eplb_jax.planning.strategies import Strategy
 from eplb_jax.types import Replication
-from eplb_jax.validation import all_normalised
 
 
-def taken(x: Float[Array, "L *T E"], index: Int32[Array, "L n"]) -> Float[Array, "L *T n"]:
+def take(x: Float[Array, "L *T E"], index: Int32[Array, "L n"]) -> Float[Array, "L *T n"]:
     """``x[..., index]``, layer by layer."""
     if x.ndim == 3:
         index = index[:, None]
     return along(x, index, -1)
 
 
-def placed_in_node(
+def place_in_node(
     forecast: Forecast,
     num_replicas: int,
     num_gpus: int,
@@ -67,7 +65,7 @@ def _packed(
     expert, rank, logcnt = replication
     num_experts, num_replicas = logcnt.shape[1], expert.shape[1]
     per_replica = forecast.map(lambda x: x / _like(x, logcnt.astype(jnp.float32)))
-    weight = per_replica.map(lambda x: taken(x, expert))
+    weight = per_replica.map(lambda x: take(x, expert))
     labels = expert + num_experts * (rank // num_gpus) if strategy.distinct else None
     spares = num_replicas - num_experts
     slots = packs(weight.load, num_gpus, strategy, key, labels, spares, weight.windows)
@@ -92,7 +90,7 @@ def _best(
     num_layers, choices, _ = counts.shape
     num_slots = replicas.phy2log.shape[1]
     on_gpu = replicas.phy2log.reshape(num_layers, choices, num_gpus, num_slots // num_gpus)
-    windows = all_normalised(seen if seen.ndim == 3 else seen[:, None])
+    windows = normalise_windows(seen if seen.ndim == 3 else seen[:, None])
 
     def scores(on_gpu: Array, count: Array, windows: Array) -> tuple[Array, Array]:
         per_replica = windows / count.astype(jnp.float32)
@@ -104,7 +102,7 @@ def _best(
     choice = jax.vmap(lambda *scores: best(scores, 1)[0])(*each)[:, None, None]
 
     def chosen(x: Int32[Array, "_ n"]) -> Int32[Array, "L n"]:
-        # Layer by layer, lest layers on several devices be gathered.
+        # Layer by layer, lest layers on several devices be merge_windows.
         return along(x.reshape(num_layers, choices, x.shape[1]), choice, 1)[:, 0]
 
     return jax.tree.map(chosen, replicas)

@@ -15,6 +15,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Int32, Key, Num
 
+from eplb_jax.arrays import along, falling, least_row, take_rows
 from eplb_jax.packing.exchange import (
     BITS,
     BITS_OF_SQUARES,
@@ -24,7 +25,6 @@ from eplb_jax.packing.exchange import (
     loads,
     repeats,
 )
-from eplb_jax.packing.lanes import along, falling, least_row, take_rows
 
 
 class Marks(NamedTuple):
@@ -95,7 +95,7 @@ class Pairs(Exchanges):
 
 
 class _Items(NamedTuple):
-    """The items by their place at first. Windows are last, as that is how rows are gathered."""
+    """The items by their place at first. Windows are last, as that is how rows are merge_windows."""
 
     value: Int32[Array, "n T"]
     label: Int32[Array, " n"] | None

@@ -1,10 +1,4 @@
-"""Sorting and fixed-point numbers for many candidates at once.
-
-Candidates of one layer ride along as trailing axes, called lanes, and every row of an array is
-then one wide vector: on XLA:CPU this is 4 to 6 times faster than the same function under `vmap`,
-which puts the candidates first. One int32 holds a value in its high bits and an index in its
-low ones, so that a single integer minimum or sort finds both, ties going to the lowest index.
-"""
+"""Gathers, ranks, fixed-point numbers and scales: what all other modules index and compare with."""
 
 import jax
 import jax.numpy as jnp
@@ -12,15 +6,8 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int32, Num
 
-MAX_ITEMS = 1 << 15
-"""Two indices must fit in one int32."""
-
 LOAD_BITS = 30
-"""For the load of a pack where it stands alone in an int32."""
-
-FEW_LANES = 256
-"""Below so many lanes a library sort takes twice as long as the network at most, which compiles
-for half a second."""
+"""Bits of the load of a pack where it stands alone in an int32."""
 
 
 def index_bits(count: int) -> int:
@@ -31,90 +18,6 @@ def index_bits(count: int) -> int:
 def rows(count: int, like: Array) -> Int32[Array, "count *ones"]:
     """0, 1, ... down the first axis, ready to broadcast against the lanes of `like`."""
     return jnp.arange(count, dtype=jnp.int32).reshape((count,) + (1,) * (like.ndim - 1))
-
-
-def falling_order(value: Float[Array, "n *K"]) -> Int32[Array, "n *K"]:
-    """The rows of every lane by falling value, lowest row first among equals.
-
-    Values are nonnegative and are compared to 31 - log2(n) significant bits, which is what
-    noisy sort keys need; an exact order takes `jnp.argsort`.
-    """
-    low = (1 << index_bits(value.shape[0])) - 1
-    falling = ~lax.bitcast_convert_type(value, jnp.int32)
-    return sort_lanes((falling & ~low) | rows(value.shape[0], value)) & low
-
-
-def exact_falling_order(value: Float[Array, "n *K"]) -> Int32[Array, "n *K"]:
-    """`falling_order` by all bits of nonnegative values: in two sorts, by the low ones first."""
-    n = value.shape[0]
-    bits = index_bits(n)
-    mask = (1 << bits) - 1
-    falling = ~lax.bitcast_convert_type(value, jnp.int32) & 0x7FFFFFFF
-    by_low = sort_lanes(((falling << bits) & 0x7FFFFFFF) | rows(n, value)) & mask
-    high = pick(falling >> (31 - bits), by_low)
-    return pick(by_low, sort_lanes((high << bits) | rows(n, value)) & mask)
-
-
-def inverse(permutation: Int32[Array, "n *K"]) -> Int32[Array, "n *K"]:
-    """Where every value 0..n-1 stands in each lane."""
-    n = permutation.shape[0]
-    bits = index_bits(n)
-    return sort_lanes((permutation << bits) | rows(n, permutation)) & ((1 << bits) - 1)
-
-
-def sort_lanes(keys: Int32[Array, "n *K"]) -> Int32[Array, "n *K"]:
-    """Sort every lane upwards along the first axis.
-
-    A bitonic network for any n: every compare-exchange runs over whole rows of lanes. Merges
-    mirror their second half, so that all comparisons point the same way and rows past the
-    end, which would hold infinity, can be left out. O(log(n)^2) passes.
-
-    References:
-        K. E. Batcher, "Sorting networks and their applications", AFIPS 1968.
-    """
-    if keys.size < FEW_LANES * keys.shape[0]:
-        return jnp.moveaxis(lax.sort(jnp.moveaxis(keys, 0, -1)), -1, 0)
-    block = 2
-    while block < 2 * keys.shape[0]:
-        keys = _compare(keys, block, mirrored=True)
-        reach = block // 4
-        while reach:
-            keys = _compare(keys, 2 * reach, mirrored=False)
-            reach //= 2
-        block *= 2
-    return keys
-
-
-def _compare(keys: Int32[Array, "n *K"], block: int, *, mirrored: bool) -> Int32[Array, "n *K"]:
-    """One compare-exchange of the halves of every block of rows; the last may be cut short."""
-    half = block // 2
-    whole = keys.shape[0] - keys.shape[0] % block
-    parts = []
-    if whole:
-        pairs = keys[:whole].reshape(-1, 2, half, *keys.shape[1:])
-        low, high = pairs[:, 0], pairs[:, 1]
-        if mirrored:
-            high = high[:, ::-1]
-        low, high = jnp.minimum(low, high), jnp.maximum(low, high)
-        if mirrored:
-            high = high[:, ::-1]
-        parts.append(jnp.stack([low, high], axis=1).reshape(whole, *keys.shape[1:]))
-    rest = keys[whole:]
-    count = rest.shape[0]
-    extra = count - half  # rows of the cut block that have a partner
-    if extra <= 0:
-        parts.append(rest)
-    elif mirrored:
-        low, high = rest[half - extra : half], rest[half:][::-1]
-        parts += [
-            rest[: half - extra],
-            jnp.minimum(low, high),
-            jnp.maximum(low, high)[::-1],
-        ]
-    else:
-        low, high = rest[:extra], rest[half:]
-        parts += [jnp.minimum(low, high), rest[extra:half], jnp.maximum(low, high)]
-    return jnp.concatenate(parts)
 
 
 def fixed_point(weight: Float[Array, "..."], capacity: int, bits: int) -> Int32[Array, "..."]:
@@ -129,6 +32,16 @@ def fixed_point(weight: Float[Array, "..."], capacity: int, bits: int) -> Int32[
 def loads_of(units: Int32[Array, "..."], contents: Int32[Array, "m c *K"]) -> Int32[Array, "m *K"]:
     """The load of every pack, from weights in fixed point."""
     return jnp.sum(look_up(units, contents), axis=1, dtype=jnp.int32)
+
+
+def ordered_sum(x: Float[Array, "..."], axis: int) -> Float[Array, "..."]:
+    """The sum along an axis, one term after the other: the same in every batch.
+
+    A reduction adds in an order that depends on the shape of the whole array, and float sums on
+    that order.
+    """
+    terms = jnp.moveaxis(x, axis, 0)
+    return lax.scan(lambda total, term: (total + term, None), jnp.zeros_like(terms[0]), terms)[0]
 
 
 def unfused(x: Array) -> Array:
@@ -199,10 +112,44 @@ def ranks(value: Int32[Array, " m"]) -> Int32[Array, " m"]:
 
 def falling(value: Int32[Array, " m"]) -> Int32[Array, " m"]:
     """The indices by falling value, the lower index first among equals."""
-    return where_equal(jnp.arange(value.shape[0], dtype=jnp.int32), ranks(value))
+    return positions_of(jnp.arange(value.shape[0], dtype=jnp.int32), ranks(value))
 
 
-def where_equal(wanted: Int32[Array, " k"], among: Int32[Array, " m"]) -> Int32[Array, " k"]:
+def positions_of(wanted: Int32[Array, " k"], among: Int32[Array, " m"]) -> Int32[Array, " k"]:
     """Where every wanted number stands among distinct ones."""
     index = jnp.arange(among.shape[0], dtype=jnp.int32)
     return jnp.sum(jnp.where(wanted[:, None] == among, index, 0), axis=1, dtype=jnp.int32)
+
+
+def sanitise(load: Float[Array, "... E"]) -> Float[Array, "... E"]:
+    """Loads with a defined meaning whatever they hold, scaled so that no sum overflows.
+
+    Inside `jax.jit`, where values cannot be checked, NaN and negative loads count as zero and
+    infinite ones as the largest float32.
+    """
+    finite = jnp.nan_to_num(jnp.maximum(load, 0), posinf=float(np.finfo(np.float32).max))
+    return normalise(jnp.abs(finite))
+
+
+def normalise(load: Float[Array, "... E"]) -> Float[Array, "... E"]:
+    """Every layer divided by a power of two, which is exact: its largest load lies in [1, 4)."""
+    return _scaled(load, -1)
+
+
+def normalise_windows(windows: Float[Array, "L T E"]) -> Float[Array, "L T E"]:
+    """The windows of a layer divided by one power of two: their largest load lies in [1, 4)."""
+    return _scaled(windows, (-2, -1))
+
+
+def _scaled(load: Array, axis: int | tuple[int, ...]) -> Array:
+    largest = jnp.max(load, axis=axis, keepdims=True, initial=0)
+    exponent = lax.bitcast_convert_type(largest, jnp.int32) & 0x7F800000
+    # XLA multiplies by the inverse, and that of 2^127 is not a normal number: zero.
+    power = jnp.minimum(lax.bitcast_convert_type(exponent, jnp.float32), 2.0**126)
+    return load / jnp.where(power > 0, power, 1)
+
+
+def relative(load: Float[Array, "L E"]) -> Float[Array, "L E"]:
+    """Every layer divided by its largest load: the same whatever the unit."""
+    largest = jnp.max(load, axis=-1, keepdims=True, initial=0)
+    return load / jnp.where(largest > 0, largest, 1)

@@ -20,8 +20,8 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int32
 
-from eplb_jax.packing.lanes import first_equal, fixed_point, unfused
-from eplb_jax.replication import replicate
+from eplb_jax.arrays import first_equal, fixed_point, unfused
+from eplb_jax.planning.replication import replicate
 
 _BITS = 30
 _LEVELS = 128
@@ -40,13 +40,6 @@ _NEVER = 1 << 30
 
 _OFFSETS = (0.0, 0.1, 0.5, 0.25, 2.0)
 """Added to counts before a load is divided by them; 0 is the greedy."""
-
-
-_MARGINS = (0.5, 1.0, 0.75, 1.5)
-"""Shares of how far the loads of an expert rose above the middle."""
-
-_FEW = 128
-"""Replicas."""
 
 
 @dataclass(frozen=True)
@@ -83,19 +76,6 @@ class JointCounts:
             fold = lambda load, counts: _for_pairs(load, counts, num_gpus, self)  # noqa: E731
             counts = [jax.vmap(fold)(load, counts[0])]
         return jnp.stack(counts, axis=1)
-
-
-def counts_over_windows(
-    load: Float[Array, "L E"], above: Float[Array, "L E"], num_replicas: int, most: int | None
-) -> Int32[Array, "L k E"]:
-    """Counts to choose from by packing them over windows.
-
-    The greedy ones for a share of what every expert rose `above` the middle: a replica that is
-    late costs more than one that idles. Small layers have the time to try several shares.
-    """
-    margins = _MARGINS if num_replicas <= _FEW else _MARGINS[:1]
-    counts = [replicate(load + unfused(k * above), num_replicas, most).logcnt for k in margins]
-    return jnp.stack(counts, axis=1)
 
 
 class _Walk(NamedTuple):

@@ -18,8 +18,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int32
 
-from eplb_jax.packing.lanes import along, fixed_point
-from eplb_jax.validation import relative, sanitised
+from eplb_jax.arrays import along, fixed_point, ordered_sum, relative, sanitise
 
 MOST_WINDOWS = 16
 """More are added up to so many stretches."""
@@ -60,15 +59,15 @@ def forecast_of(weight: Float[Array, "*T L E"], *, summed: bool) -> Forecast:
     """From one load, or from windows; `summed`: for the sum of them as it is, as DeepSeek plans."""
     windows = weight if weight.ndim == 3 else weight[None]
     if summed:
-        return Forecast(sanitised(windows.sum(axis=0)))
+        return Forecast(sanitise(ordered_sum(windows, 0)))
     if windows.shape[0] == 1:
-        return Forecast(relative(sanitised(windows[0])))
+        return Forecast(relative(sanitise(windows[0])))
     with jax.named_scope("forecast"):
-        return forecast(sanitised(jnp.moveaxis(windows, 0, 1)))
+        return forecast(sanitise(jnp.moveaxis(windows, 0, 1)))
 
 
 def forecast(windows: Float[Array, "L T E"]) -> Forecast:
-    """Of windows that are `sanitised`, oldest first.
+    """Of windows that are `sanitise`, oldest first.
 
     The prediction is an exponentially weighted mean whose gain, for each layer, would have
     foretold the past windows best, absolute errors added up.
@@ -136,12 +135,27 @@ def _predicted(
     return predicted, trust[:, None]
 
 
-def gathered(windows: np.ndarray | jax.Array) -> np.ndarray | jax.Array:
+def merge_windows(windows: np.ndarray | jax.Array) -> np.ndarray | jax.Array:
     """At most `MOST_WINDOWS` windows [T, L, E]: of more, consecutive ones are added up."""
-    count = windows.shape[0]
+    count = len(windows)
     if windows.ndim == 2 or count <= MOST_WINDOWS:
         return windows
     starts = np.arange(MOST_WINDOWS) * count // MOST_WINDOWS
-    ends = [*starts[1:], count]
-    numpy = np if isinstance(windows, np.ndarray) else jnp
-    return numpy.stack([windows[i:j].sum(axis=0) for i, j in zip(starts, ends, strict=True)])
+    if isinstance(windows, np.ndarray):
+        with np.errstate(over="ignore"):
+            return np.add.reduceat(windows, starts)
+    return _merge(
+        windows, jnp.asarray(np.repeat(np.arange(MOST_WINDOWS), np.diff([*starts, count])))
+    )
+
+
+@jax.jit
+def _merge(windows: Float[Array, "T L E"], into: Int32[Array, " T"]) -> Float[Array, "w L E"]:
+    """Windows added up in their order, each into the one of its number."""
+
+    def add(sums: Array, window: tuple[Array, Array]) -> tuple[Array, None]:
+        load, number = window
+        return sums.at[number].add(load), None
+
+    empty = jnp.zeros((MOST_WINDOWS, *windows.shape[1:]), windows.dtype)
+    return lax.scan(add, empty, (windows, into))[0]

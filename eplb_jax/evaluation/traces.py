@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple, SupportsFloat, SupportsIndex, get_args
 import numpy as np
 from jaxtyping import Float, Int64
 
-from eplb_jax.validation import as_count, as_number, check_divides
+from eplb_jax.checks import as_count, as_number, check_divides
 
 Kind = Literal["stationary", "drift", "topics", "bursts"]
 

@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from eplb_jax.packing.bounds import plan_bound
+from eplb_jax.checks import LoadLike, as_count, as_load, check_divides
+from eplb_jax.planning.bounds import plan_bound
 from eplb_jax.sharding import by_layers
 from eplb_jax.types import Placement
-from eplb_jax.validation import LoadLike, as_count, as_load, check_divides
 
 
 class Balance(NamedTuple):

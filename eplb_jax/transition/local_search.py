@@ -14,8 +14,9 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int32
 
-from eplb_jax.packing.lanes import unfused
-from eplb_jax.relabel import slots_kept
+from eplb_jax.arrays import unfused
+from eplb_jax.transition.relabel import slots_kept
+from eplb_jax.types import Topology
 
 _NEVER = float(np.finfo(np.float32).max)
 
@@ -55,21 +56,23 @@ class _Step(NamedTuple):
     expert: Int32[Array, "m c"]
 
 
-@partial(jax.jit, static_argnames=("num_gpus", "num_nodes"))
-def within_budget(
+@partial(jax.jit, static_argnames=("topology", "hierarchical"))
+def improve_plan(
     windows: Float[Array, "L T E"],
     old: Int32[Array, "L R"],
     max_moves: Int32[Array, ""],
     price: Float[Array, ""],
     *,
-    num_gpus: int,
-    num_nodes: int,
+    topology: Topology,
+    hierarchical: bool,
 ) -> tuple[Int32[Array, "L R"], Float[Array, " L"]]:
     """The expert in every slot, at most `max_moves` of a layer fetched from another GPU.
 
     Also imbalance + price x moves of that plan. Experts stay within their nodes.
     """
+    num_gpus, num_nodes = topology.num_gpus, topology.num_nodes if hierarchical else 1
     size = old.shape[1] // num_gpus
+    max_moves = jnp.minimum(max_moves, topology.num_replicas)
 
     def layer(load: Float[Array, "T E"], old: Int32[Array, " R"]) -> tuple[Array, Array]:
         start = old.reshape(num_gpus, size)

@@ -7,7 +7,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int32
 
-from eplb_jax.packing.lanes import LOAD_BITS, first_equal, fixed_point
+from eplb_jax.arrays import LOAD_BITS, first_equal, fixed_point
 
 
 def repeats_in(label: Int32[Array, "m c *K"]) -> Int32[Array, "*K"]:

@@ -12,14 +12,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int32, Num
 
-from eplb_jax.packing.lanes import (
-    first_equal,
-    fixed_point,
-    index_bits,
-    look_up,
-    rows,
-    sort_lanes,
-)
+from eplb_jax.arrays import first_equal, fixed_point, index_bits, look_up, rows
+from eplb_jax.packing.sorting import sort_lanes
 
 
 class Constructed(NamedTuple):
@@ -135,3 +129,11 @@ def chunked_greedy(
     state, packs = lax.scan(place, empty + rows(num_packs, empty), added)
     by_pack = jax.vmap(sort_lanes)((packs << item_bits) | chunks) & ((1 << item_bits) - 1)
     return Constructed(jnp.swapaxes(by_pack, 0, 1), state >> pack_bits)
+
+
+def lane_by_lane(
+    construction: Construction, weight: Float[Array, "..."], order: Array, num_packs: int
+) -> Constructed:
+    """A construction of one lane, on every lane."""
+    one = lambda weight, order: construction(weight, order, num_packs)  # noqa: E731
+    return jax.vmap(one, (None if weight.ndim == 1 else -1, -1), -1)(weight, order)

@@ -1,0 +1,1 @@
+"""From loads to a plan."""

@@ -1,0 +1,354 @@
+"""The whole plan: groups to nodes, replicas within nodes, replicas to GPUs."""
+
+from functools import partial
+from typing import Any, Literal, get_args
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int32, Key
+
+from eplb_jax.arrays import along, ordered_sum
+from eplb_jax.checks import (
+    LoadLike,
+    as_count,
+    as_key,
+    as_limit,
+    as_load,
+    as_penalty,
+    check_divides,
+    check_multiple,
+    fixed_if_none,
+)
+from eplb_jax.packing.balanced_packing import check_size
+from eplb_jax.packing.search import packs
+from eplb_jax.planning.forecast import forecast_of, merge_windows
+from eplb_jax.planning.per_node import place_in_node, take
+from eplb_jax.planning.placement import (
+    as_placement,
+    count_replicas,
+    place,
+    ranks_in,
+    ranks_listed,
+)
+from eplb_jax.planning.strategies import Strategy, resolve_strategy
+from eplb_jax.sharding import by_layers
+from eplb_jax.transition.local_search import improve_plan, plan_cost
+from eplb_jax.transition.relabel import relabel
+from eplb_jax.types import Placement, Replication, Topology, check_topology
+
+Policy = Literal["auto", "global", "hierarchical"]
+"""Whether groups of experts are kept on nodes: see `plan`."""
+
+
+def plan(
+    load: LoadLike,
+    topology: Topology,
+    *,
+    policy: Policy = "auto",
+    strategy: str | Strategy = "auto",
+    key: Key[Array, ""] | None = None,
+    previous: Placement | LoadLike | None = None,
+    max_moves: int | None = None,
+    move_penalty: float | None = None,
+    check: bool = True,
+) -> Placement:
+    """Choose the expert of every physical slot, from measured loads.
+
+    Given several past windows, the plan is made for the next one: GPUs are balanced in every
+    window and in a prediction (see `eplb_jax.planning.forecast`). Windows are normalise to equal
+    weight; all-zero windows are ignored. Strategies whose refinement does not use windows (all but
+    "auto", "fast" and "best") plan for their weighted mean, and "greedy" for their sum.
+
+    The hierarchical policy keeps every group of experts on one node, as group-limited routing
+    wants it: it packs groups to nodes, gives every node the same number of spare slots, and packs
+    replicas to the GPUs of their node. The global policy ignores groups.
+
+    No GPU holds an expert twice where exchanges can avoid it; an expert gets at most as many
+    replicas as there are GPUs for it, unless GPUs have more slots than there are experts. In a
+    layer without load, spare slots are spread over distinct experts and over GPUs.
+    ``strategy="greedy"`` guarantees neither: its plan is DeepSeek's, slot for slot, with ties to
+    the lowest index. Deterministic: the plan of a layer is the same, bit for bit, on every rank and
+    whichever other layers are planned with it. Inside `jax.jit`, NaN and negative loads count as
+    zero and infinite ones as the largest float32.
+
+    Args:
+        load: Tokens per expert in any unit: [L, E], [T, L, E] of T past windows, oldest first, or
+            [E] of one layer. Anything `jnp.asarray` takes. More than 16 windows are merged into
+            16, consecutive ones added up.
+        topology: GPUs, slots, nodes and groups; num_groups divides E, and there are at least E
+            slots. The hierarchical policy needs num_nodes to divide num_groups.
+        policy: "global", "hierarchical", or "auto": hierarchical exactly if num_nodes divides
+            num_groups.
+        strategy: How hard to search: a name from `eplb_jax.STRATEGIES` or a `Strategy`.
+        key: For strategies that draw at random. None: a fixed key.
+        previous: The plan in place, or its phy2log. Nodes, GPUs of a node and slots of a GPU are
+            numbered so that as many slots as possible keep their expert; under the global
+            policy, among equals, so that experts that move stay on their node. GPU loads are
+            the same as without it.
+        max_moves: Per layer, the maximum number of slots that receive an expert from another GPU.
+            The plan is then made from `previous` by a local search (see
+            `eplb_jax.transition.local_search`); 0 keeps it as it is.
+        move_penalty: Imbalance (max / mean GPU load - 1) that a move must gain: the same local
+            search, for the least imbalance + move_penalty * moves. With max_moves=None the number
+            of moves is unlimited.
+        check: Whether to reject loads that are NaN, infinite or negative. Checking a JAX array
+            waits for its device; without it such loads count as inside `jax.jit`.
+
+    Returns:
+        The plan: the expert in every slot, int32 [L, R]; the slots of every expert, int32
+        [L, E, R - E + 1] padded with -1; the replicas of every expert, int32 [L, E]. Without L for
+        one layer.
+
+    Raises:
+        TypeError: An argument is of the wrong kind.
+        ValueError: Load, topology and policy do not fit, a name is not known, a load is NaN,
+            infinite or negative, `previous` has another shape or lacks an expert, or `max_moves`
+            or `move_penalty` is negative or given without `previous`.
+
+    Example:
+        >>> result = plan([[90, 30, 20, 10]], Topology(3, slots=2))
+        >>> result.phy2log.tolist(), result.logcnt.tolist()
+        ([[0, 3, 0, 3, 1, 2]], [[2, 1, 1, 2]])
+
+    References:
+        DeepSeek-AI, EPLB (github.com/deepseek-ai/EPLB): `rebalance_experts`.
+    """
+    options = {"policy": policy, "strategy": strategy, "key": key, "check": check}
+    options |= {"previous": previous, "max_moves": max_moves, "move_penalty": move_penalty}
+    return place(plan_replicas(load, topology, **options))
+
+
+def rebalance_experts(
+    weight: LoadLike,
+    num_replicas: int,
+    num_groups: int,
+    num_nodes: int,
+    num_gpus: int,
+    *,
+    policy: Policy = "auto",
+    strategy: str | Strategy = "auto",
+    key: Key[Array, ""] | None = None,
+    previous: Placement | LoadLike | None = None,
+    max_moves: int | None = None,
+    move_penalty: float | None = None,
+    check: bool = True,
+) -> Placement:
+    """`plan` with DeepSeek's arguments, names and order.
+
+    Args:
+        weight: The load, as of `plan`.
+        num_replicas: R, physical slots of a layer; a multiple of num_gpus, at least E.
+        num_groups: Groups of consecutive experts; divides E.
+        num_nodes: N; divides num_gpus and, for the hierarchical policy, num_groups.
+        num_gpus: G, over all nodes.
+        policy: As of `plan`, and so are all that follow.
+        strategy: A name or a `Strategy`; "greedy" is DeepSeek's plan, slot for slot.
+        key: For strategies that draw at random.
+        previous: The plan in place.
+        max_moves: Per layer, the maximum number of moves from another GPU.
+        move_penalty: Imbalance that a move must gain.
+        check: Whether to reject invalid loads.
+
+    Returns:
+        The plan, which unpacks as DeepSeek's (phy2log, log2phy, logcnt).
+
+    Raises:
+        TypeError: An argument is of the wrong kind.
+        ValueError: As `plan`.
+
+    Example:
+        >>> phy2log, log2phy, logcnt = rebalance_experts([[90, 30, 20, 10]], 6, 1, 1, 3)
+        >>> phy2log.tolist(), logcnt.tolist()
+        ([[0, 3, 0, 3, 1, 2]], [[2, 1, 1, 2]])
+
+    References:
+        DeepSeek-AI, EPLB (github.com/deepseek-ai/EPLB): the function of this name.
+    """
+    options = {"policy": policy, "strategy": strategy, "key": key, "check": check}
+    options |= {"previous": previous, "max_moves": max_moves, "move_penalty": move_penalty}
+    array = as_load(weight, "weight", least_axes=2, check=check)
+    num_replicas = as_count("num_replicas", num_replicas)
+    num_gpus, num_nodes = as_count("num_gpus", num_gpus), as_count("num_nodes", num_nodes)
+    check_multiple("num_replicas", num_replicas, "num_gpus", num_gpus, least=array.shape[-1])
+    num_groups = as_count("num_groups", num_groups)
+    if num_gpus % num_nodes and resolve_policy(policy, num_groups, num_nodes) == "global":
+        num_nodes = 1  # the global policy needs no nodes
+    topology = Topology.of_replicas(num_replicas, num_gpus, num_nodes, num_groups)
+    return place(_plan_replicas(array, topology, "weight", **options))
+
+
+def plan_replicas(load: LoadLike, topology: Topology, **options: Any) -> Replication:
+    """`plan`, with the rank of every replica in place of the large `log2phy`.
+
+    Args:
+        load: As of `plan`.
+        topology: As of `plan`.
+        **options: The keyword arguments of `plan`.
+
+    Returns:
+        The expert in every slot and the rank of that replica among those of its expert, each
+        int32 [L, R], and the replicas of every expert, int32 [L, E].
+
+    Raises:
+        TypeError: An argument is of the wrong kind.
+        ValueError: As `plan`.
+
+    Example:
+        >>> plan_replicas([[90, 30, 20, 10]], Topology(3, slots=2)).rank.tolist()
+        [[1, 1, 0, 0, 0, 0]]
+    """
+    array = as_load(load, "load", check=options.get("check", True))
+    if array.ndim == 1:
+        one = _plan_replicas(array[None], topology, "load", **_of_one_layer(options))
+        return Replication(*(x[0] for x in one))
+    return _plan_replicas(array, topology, "load", **options)
+
+
+def _of_one_layer(options: dict[str, Any]) -> dict[str, Any]:
+    """The options with the plan in place as one of many layers."""
+    previous = options.get("previous")
+    if isinstance(previous, Placement):
+        previous = Placement(*(x[None] for x in previous))
+    elif previous is not None:
+        previous = jnp.asarray(previous)[None]
+    return options | {"previous": previous}
+
+
+def _plan_replicas(
+    load: Array,
+    topology: Topology,
+    name: str,
+    *,
+    policy: Policy = "auto",
+    strategy: str | Strategy = "auto",
+    key: Key[Array, ""] | None = None,
+    previous: Placement | LoadLike | None = None,
+    max_moves: int | None = None,
+    move_penalty: float | None = None,
+    check: bool = True,
+) -> Replication:
+    """The checks of `plan`, and the choice of what to run. Loads are checked already."""
+    del check
+    load, num_experts = merge_windows(load), load.shape[-1]
+    check_topology(topology)
+    hierarchical = _is_hierarchical(topology, policy, num_experts)
+    search = topology if hierarchical else Topology(topology.num_gpus, topology.slots)
+    fresh = partial(_fresh, load, as_key(key), topology=search, strategy=resolve_strategy(strategy))
+    if previous is None:
+        for limit, value in (("max_moves", max_moves), ("move_penalty", move_penalty)):
+            if value is not None:
+                raise ValueError(f"{limit} needs previous, the plan in place, got None")
+        return fresh()
+    old = as_placement(previous, "previous", num_experts)
+    wanted = load.shape[-2], topology.num_replicas
+    if old.phy2log.shape != wanted or old.logcnt.shape[-1] != num_experts:
+        raise ValueError(
+            f"previous must have the shape [layers, slots] = {wanted} and {num_experts} experts, "
+            f"got {old.phy2log.shape} and {old.logcnt.shape[-1]} for a {name} of {load.shape}"
+        )
+    nodes = {"topology": topology, "hierarchical": hierarchical}
+    if max_moves is None and move_penalty is None:
+        return relabel(fresh(), old.phy2log, **nodes)
+    most = as_limit("max_moves", topology.num_replicas if max_moves is None else max_moves)
+    penalty = as_penalty("move_penalty", 0.0 if move_penalty is None else move_penalty)
+    return _limited(
+        load, as_key(key), old, most, penalty, strategy=resolve_strategy(strategy), **nodes
+    )
+
+
+def resolve_policy(
+    policy: Policy, num_groups: int, num_nodes: int
+) -> Literal["global", "hierarchical"]:
+    """The policy that "auto" stands for: hierarchical exactly if num_nodes divides num_groups."""
+    if policy not in get_args(Policy):
+        known = ", ".join(get_args(Policy))
+        raise ValueError(f"policy={policy!r} is not known; choose one of: {known}")
+    if policy == "auto":
+        return "global" if num_groups % num_nodes else "hierarchical"
+    return policy
+
+
+def _is_hierarchical(topology: Topology, policy: Policy, num_experts: int) -> bool:
+    """Whether groups are packed to nodes; raises ValueError where topology and experts misfit."""
+    num_groups, num_nodes = topology.num_groups, topology.num_nodes
+    if topology.num_replicas < num_experts:
+        least = -(-num_experts // topology.num_gpus)
+        raise ValueError(
+            f"topology has {topology.num_replicas} slots for {num_experts} experts; "
+            f"nearest: slots={least}"
+        )
+    if resolve_policy(policy, num_groups, num_nodes) == "global":
+        check_size(topology.num_replicas, topology.num_gpus)
+        return False
+    check_divides("num_groups", num_groups, "number of experts", num_experts)
+    check_divides("num_nodes", num_nodes, "num_groups", num_groups, otherwise='policy="global"')
+    check_size(topology.num_replicas // num_nodes, topology.gpus_per_node)
+    return num_nodes > 1
+
+
+@by_layers
+@partial(jax.jit, static_argnames=("topology", "strategy"))
+def _fresh(
+    load: Float[Array, "*T L E"],
+    key: Key[Array, ""] | None,
+    *,
+    topology: Topology,
+    strategy: Strategy,
+) -> Replication:
+    """A plan from nothing; hierarchical where the topology has several nodes."""
+    num_nodes, num_groups = topology.num_nodes, topology.num_groups
+    forecast = forecast_of(load, summed=not strategy.distinct)
+    num_layers, num_experts = forecast.load.shape
+    group_key, gpu_key = jax.random.split(fixed_if_none(key))
+
+    counts = topology.num_replicas // num_nodes, topology.gpus_per_node
+    if num_nodes == 1:
+        return place_in_node(forecast, *counts, strategy, gpu_key)
+    group_size = num_experts // num_groups
+    by_group = forecast.map(
+        lambda x: ordered_sum(x.reshape(*x.shape[:-1], num_groups, group_size), -1)
+    )
+    groups = packs(by_group.load, num_nodes, strategy, group_key, windows=by_group.windows)
+    experts = groups[..., None] * group_size + jnp.arange(group_size, dtype=jnp.int32)
+    experts = experts.reshape(num_layers * num_nodes, num_experts // num_nodes)
+    # From here a row is a node of a layer, and its experts are numbered as in `experts`.
+    of_node = forecast.map(lambda x: take(jnp.repeat(x, num_nodes, axis=0), experts))
+    replicas = place_in_node(of_node, *counts, strategy, gpu_key)
+    phy2log = along(experts, replicas.phy2log, 1).reshape(-1, topology.num_replicas)
+    rank = replicas.rank.reshape(-1, topology.num_replicas)
+    return Replication(phy2log, rank, count_replicas(phy2log, num_experts))
+
+
+@by_layers
+@partial(jax.jit, static_argnames=("topology", "hierarchical", "strategy"))
+def _limited(
+    load: Float[Array, "*T L E"],
+    key: Key[Array, ""] | None,
+    old: Placement,
+    max_moves: Int32[Array, ""],
+    penalty: Float[Array, ""],
+    *,
+    topology: Topology,
+    hierarchical: bool,
+    strategy: Strategy,
+) -> Replication:
+    """The plan in place, improved within limits.
+
+    With one window, a relabel plan from nothing replaces it where that is better within the
+    same limits. With several, that plan fits the windows better and the next one worse, as the old
+    plan remembers more windows than are given.
+    """
+    forecast = forecast_of(load, summed=not strategy.distinct)
+    nodes = {"topology": topology, "hierarchical": hierarchical}
+    windows = forecast.load[:, None] if forecast.windows is None else forecast.windows
+    expert, cost = improve_plan(windows, old.phy2log, max_moves, penalty, **nodes)
+    if forecast.windows is None:
+        search = topology if hierarchical else Topology(topology.num_gpus, topology.slots)
+        new = _fresh(load, key, topology=search, strategy=strategy)
+        fresh = relabel(new, old.phy2log, **nodes).phy2log
+        moves, off = plan_cost(windows, fresh, old.phy2log, num_gpus=topology.num_gpus)
+        better = (moves <= max_moves) & (off + penalty * moves.astype(jnp.float32) < cost)
+        expert = jnp.where(better[:, None], fresh, expert)
+    same = jnp.all(expert == old.phy2log, axis=1, keepdims=True)
+    rank = jnp.where(same, ranks_listed(old), ranks_in(expert))
+    return Replication(expert, rank, count_replicas(expert, forecast.load.shape[1]))

@@ -1,0 +1,152 @@
+"""Compilation ahead of time: a plan function whose calls never wait for a compiler."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Key
+
+from eplb_jax.checks import LoadLike, as_count, as_load
+from eplb_jax.planning.placement import as_placement
+from eplb_jax.planning.plan import Policy, plan
+from eplb_jax.planning.strategies import Strategy
+from eplb_jax.types import Placement, Topology, check_topology
+
+
+@dataclass(frozen=True)
+class CompiledPlan:
+    """`eplb_jax.plan` for loads of one shape, compiled: all but the loads and the plan in place.
+
+    Attributes:
+        shape: Of the loads: (L, E), or (T, L, E).
+        topology: What plans are made for.
+        with_previous: Whether a call takes the plan in place.
+        executable: What was compiled; it has `cost_analysis` and `memory_analysis`.
+    """
+
+    shape: tuple[int, ...]
+    topology: Topology
+    with_previous: bool
+    executable: jax.stages.Compiled = field(repr=False)
+    sharding: jax.sharding.Sharding | None = field(repr=False)
+
+    def __call__(
+        self,
+        load: LoadLike,
+        previous: Placement | LoadLike | None = None,
+        *,
+        check: bool = True,
+    ) -> Placement:
+        """The plan that `eplb_jax.plan` makes of these loads, bit for bit.
+
+        Args:
+            load: Loads of `shape`, of any real dtype; anything `jnp.asarray` takes.
+            previous: The plan in place or its phy2log [L, R], if `with_previous`.
+            check: Whether to reject loads that are NaN, infinite or negative; checking a JAX
+                array waits for its device.
+
+        Raises:
+            TypeError: `previous` is missing or not expected, or an argument is of the wrong kind.
+            ValueError: The shape is another, a load is NaN, infinite or negative, or `previous` is
+                of another shape or lacks an expert.
+        """
+        array = as_load(load, "load", least_axes=2, check=check)
+        if array.shape != self.shape:
+            raise ValueError(
+                f"load must have the shape that was compiled for, {self.shape}, got {array.shape}"
+            )
+        if self.with_previous != (previous is not None):
+            expected = "needs" if self.with_previous else "takes no"
+            raise TypeError(
+                f"this plan {expected} previous; "
+                f"precompile with with_previous={not self.with_previous}"
+            )
+        arguments = [jax.device_put(array, self.sharding)]
+        if previous is not None:
+            old, expected = as_placement(previous, "previous", self.shape[-1]), self._placement()
+            for x, y in zip(old, expected, strict=True):
+                if x.shape != y.shape:
+                    raise ValueError(f"previous must have maps of {y.shape}, got {x.shape}")
+            arguments.append(jax.device_put(old, _by_layer(self.sharding)))
+        return self.executable(*arguments)
+
+    def _placement(self) -> Placement:
+        """What a plan in place looks like."""
+        return _abstract_placement(self.shape, self.topology, self.sharding)
+
+
+def precompile(
+    shape: Sequence[int],
+    topology: Topology,
+    *,
+    policy: Policy = "auto",
+    strategy: str | Strategy = "auto",
+    key: Key[Array, ""] | None = None,
+    with_previous: bool = False,
+    max_moves: int | None = None,
+    move_penalty: float | None = None,
+    sharding: jax.sharding.Sharding | None = None,
+) -> CompiledPlan:
+    """Compile `plan` for loads of one shape, before the first of them is there.
+
+    The whole plan is one executable. With JAX's persistent compilation cache
+    (``jax.config.update("jax_compilation_cache_dir", path)``) a later process reads it from there.
+
+    Args:
+        shape: (L, E), or (T, L, E), of the loads to come.
+        topology: As of `plan`, and so are all that follow but the last.
+        policy: "auto", "global" or "hierarchical".
+        strategy: A name or a `Strategy`.
+        key: For strategies that draw at random.
+        with_previous: Whether calls take the plan in place.
+        max_moves: Per layer, the maximum number of moves; with `with_previous`.
+        move_penalty: Imbalance that a move must gain; with `with_previous`.
+        sharding: Where the loads will be, for instance layers over a mesh; None: JAX's default
+            device.
+
+    Returns:
+        A function of loads, and of the plan in place, that returns a `Placement`.
+
+    Raises:
+        TypeError: An argument is of the wrong kind.
+        ValueError: As `plan`, or `shape` is neither (L, E) nor (T, L, E).
+
+    Example:
+        >>> compiled = precompile((1, 4), Topology(3, slots=2))
+        >>> compiled([[90, 30, 20, 10]]).phy2log.tolist()
+        [[0, 3, 0, 3, 1, 2]]
+    """
+    axes = tuple(as_count("shape", size, least=0) for size in shape)
+    if len(axes) not in (2, 3):
+        raise ValueError(f"shape must be (L, E) or (T, L, E), got {axes}")
+    check_topology(topology)
+    options = {"policy": policy, "strategy": strategy, "key": key}
+    limits = {"max_moves": max_moves, "move_penalty": move_penalty}
+
+    def make(load: Array, old: Placement | None = None) -> Placement:
+        return plan(load, topology, **options, previous=old, **limits)
+
+    arguments: list[object] = [jax.ShapeDtypeStruct(axes, jnp.float32, sharding=sharding)]
+    if with_previous:
+        arguments.append(_abstract_placement(axes, topology, sharding))
+    executable = jax.jit(make).lower(*arguments).compile()
+    return CompiledPlan(axes, topology, with_previous, executable, sharding)
+
+
+def _by_layer(sharding: jax.sharding.Sharding | None) -> jax.sharding.Sharding | None:
+    """Maps of a plan where its loads are, layer by layer."""
+    if not isinstance(sharding, jax.sharding.NamedSharding):
+        return sharding
+    layers = sharding.spec[-2:-1] if len(sharding.spec) > 1 else sharding.spec[:1]
+    return jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec(*layers))
+
+
+def _abstract_placement(
+    shape: Sequence[int], topology: Topology, sharding: jax.sharding.Sharding | None
+) -> Placement:
+    num_layers, num_experts = shape[-2:]
+    num_slots, placed = topology.num_replicas, _by_layer(sharding)
+    most = num_slots - num_experts + 1
+    shapes = (num_layers, num_slots), (num_layers, num_experts, most), (num_layers, num_experts)
+    return Placement(*(jax.ShapeDtypeStruct(x, jnp.int32, sharding=placed) for x in shapes))
