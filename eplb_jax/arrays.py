@@ -21,11 +21,7 @@ def rows(count: int, like: Array) -> Int32[Array, "count *ones"]:
 
 
 def fixed_point(weight: Float[Array, "..."], capacity: int, bits: int) -> Int32[Array, "..."]:
-    """Weights below 2 as integers, so that any `capacity` of them add up to less than 2 ** bits.
-
-    Integer sums do not depend on their order, nor on how a compiler fuses multiplications with
-    additions: the same plan comes out whatever the batch, the sharding and the backend.
-    """
+    """Weights below 2 as integers, so that any `capacity` of them add up to less than 2 ** bits."""
     return (weight * 2.0 ** (bits - 1 - index_bits(capacity))).astype(jnp.int32)
 
 
@@ -82,11 +78,11 @@ def first_equal(x: Array, value: jax.Array) -> Int32[Array, "*K"]:
 def least_row(
     x: Num[Array, "r *K"], beside: Int32[Array, "r *K"], limit: Num[Array, "*K"]
 ) -> tuple[Num[Array, "*K"], Int32[Array, "*K"], Int32[Array, "*K"]]:
-    """The least of every lane, the first row that is so low, and what stands beside it.
+    """The minimum of every lane, its first row, and the entry of `beside` in that row.
 
-    The limit, -1 and -1 where no row is lower. Half of the rows in one kernel, twice: on XLA:CPU
-    faster than two reductions, and what a loop reads and returns is stored, not computed anew
-    wherever it is read.
+    The limit, -1 and -1 where no row is below the limit. Half of the rows are one kernel, run
+    twice: on XLA:CPU that is faster than two reductions, and the inputs and results of a loop are
+    stored, not recomputed by every reader.
     """
 
     def compare(i: Array | int, least: tuple[Array, ...]) -> tuple[Array, ...]:
@@ -105,18 +101,19 @@ def least_row(
 
 def ranks(value: Int32[Array, " m"]) -> Int32[Array, " m"]:
     """The rank of every value, largest first, the lower index first among equals."""
-    earlier = np.tri(value.shape[0], k=-1, dtype=bool)
+    index = jnp.arange(value.shape[0], dtype=jnp.int32)
+    earlier = index < index[:, None]
     before = (value > value[:, None]) | ((value == value[:, None]) & earlier)
     return jnp.sum(before, axis=1, dtype=jnp.int32)
 
 
-def falling(value: Int32[Array, " m"]) -> Int32[Array, " m"]:
-    """The indices by falling value, the lower index first among equals."""
+def descending(value: Int32[Array, " m"]) -> Int32[Array, " m"]:
+    """The indices by descending value, the lower index first among equals."""
     return positions_of(jnp.arange(value.shape[0], dtype=jnp.int32), ranks(value))
 
 
 def positions_of(wanted: Int32[Array, " k"], among: Int32[Array, " m"]) -> Int32[Array, " k"]:
-    """Where every wanted number stands among distinct ones."""
+    """The position of every wanted number among distinct ones."""
     index = jnp.arange(among.shape[0], dtype=jnp.int32)
     return jnp.sum(jnp.where(wanted[:, None] == among, index, 0), axis=1, dtype=jnp.int32)
 
@@ -128,23 +125,17 @@ def sanitise(load: Float[Array, "... E"]) -> Float[Array, "... E"]:
     infinite ones as the largest float32.
     """
     finite = jnp.nan_to_num(jnp.maximum(load, 0), posinf=float(np.finfo(np.float32).max))
-    return normalise(jnp.abs(finite))
+    return normalise(jnp.abs(finite), -1)
 
 
-def normalise(load: Float[Array, "... E"]) -> Float[Array, "... E"]:
-    """Every layer divided by a power of two, which is exact: its largest load lies in [1, 4)."""
-    return _scaled(load, -1)
+def normalise(load: Float[Array, "..."], axis: int | tuple[int, ...]) -> Float[Array, "..."]:
+    """Loads divided by a power of two, which is exact, so that the largest along `axis` is below 4.
 
-
-def normalise_windows(windows: Float[Array, "L T E"]) -> Float[Array, "L T E"]:
-    """The windows of a layer divided by one power of two: their largest load lies in [1, 4)."""
-    return _scaled(windows, (-2, -1))
-
-
-def _scaled(load: Array, axis: int | tuple[int, ...]) -> Array:
+    It is at least 1, and below 2 where it was below 2^127.
+    """
     largest = jnp.max(load, axis=axis, keepdims=True, initial=0)
     exponent = lax.bitcast_convert_type(largest, jnp.int32) & 0x7F800000
-    # XLA multiplies by the inverse, and that of 2^127 is not a normal number: zero.
+    # XLA multiplies by the inverse, and the inverse of 2^127 is subnormal, hence zero.
     power = jnp.minimum(lax.bitcast_convert_type(exponent, jnp.float32), 2.0**126)
     return load / jnp.where(power > 0, power, 1)
 

@@ -1,10 +1,9 @@
-"""`balanced_packing`, the public entry to the search, and its labels."""
+"""`balanced_packing`: the public entry to the search."""
 
 from functools import partial
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Int32, Key
 from numpy.typing import ArrayLike
 
@@ -18,6 +17,7 @@ from eplb_jax.checks import (
     check_divides,
     fixed_if_none,
 )
+from eplb_jax.packing.duplicates import bound_labels
 from eplb_jax.packing.search import packs
 from eplb_jax.packing.searches import Search, resolve_search
 from eplb_jax.packing.sorting import MAX_ITEMS, inverse
@@ -33,24 +33,24 @@ def balanced_packing(
     key: Key[Array, ""] | None = None,
     labels: ArrayLike | Array | None = None,
 ) -> Packing:
-    """Pack n weighted items of every layer into packs of n / num_packs items, loads even.
+    """Pack n weighted items into packs of n / num_packs items with balanced loads.
 
-    Deterministic: the same weights, strategy and key give the same packing, bit for bit. A
-    layer's packing does not depend on the other layers. Inside `jax.jit`, NaN and negative
+    Deterministic: the same weights, strategy and key give the same packing, bit for bit, and the
+    packing of a layer does not depend on the other layers. Inside `jax.jit`, NaN and negative
     weights count as zero and infinite ones as the largest float32. n == num_packs gives the
     identity.
 
     Args:
         weight: [L, n] weights in any unit; anything `jnp.asarray` takes. n is at most 32768.
-        num_packs: How many packs; divides n.
+        num_packs: m; divides n.
         strategy: A name from `eplb_jax.STRATEGIES` or a `Strategy`.
-        key: Where the strategy draws at random. None: a fixed key.
-        labels: [L, n] whole numbers. Items of a layer with one label, such as replicas of one
-            expert, go to distinct packs where exchanges can bring that about; of more than
-            num_packs with one label, as few as possible meet.
+        key: For strategies that draw at random. None: a fixed key.
+        labels: [L, n] integers. Items of a layer with one label, such as replicas of one expert,
+            go to distinct packs where exchanges can achieve that; of more than num_packs items
+            with one label, as few as possible share a pack.
 
     Returns:
-        The pack of every item, and its place there, each int32 [L, n].
+        The pack of every item, and its position in that pack, each int32 [L, n].
 
     Raises:
         TypeError: An argument is of the wrong kind.
@@ -96,19 +96,11 @@ def _balanced_packing(
     if labels is None:
         contents = packs(load, num_packs, strategy, pack_key)
     else:
-        labels = jax.vmap(lambda x: _at_most(num_packs, x))(labels)
-        together = jnp.argsort(labels, axis=1, stable=True).astype(jnp.int32)
-        load, labels = (along(x, together, 1) for x in (load, labels))
-        contents = jax.vmap(take_rows)(together, packs(load, num_packs, strategy, pack_key, labels))
+        labels = jax.vmap(lambda x: bound_labels(x, num_packs))(labels)
+        by_label = jnp.argsort(labels, axis=1, stable=True).astype(jnp.int32)
+        load, labels = (along(x, by_label, 1) for x in (load, labels))
+        contents = packs(load, num_packs, strategy, pack_key, labels)
+        contents = jax.vmap(take_rows)(by_label, contents)
     capacity = contents.shape[2]
     slot = jax.vmap(inverse)(contents.reshape(weight.shape))
     return Packing(slot // capacity, slot % capacity)
-
-
-def _at_most(count: int, label: Int32[Array, " n"]) -> Int32[Array, " n"]:
-    """Labels that say which of the same items are the same, but for no more than `count` each."""
-    n = label.shape[0]
-    same = label[:, None] == label
-    first = jnp.argmax(same, axis=1).astype(jnp.int32)
-    earlier = jnp.sum(same & np.tri(n, k=-1, dtype=bool), axis=1, dtype=jnp.int32)
-    return first + n * (earlier // count)

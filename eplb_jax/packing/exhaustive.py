@@ -1,4 +1,4 @@
-"""The optimal packing, by trying every one: for instances with few of them."""
+"""The optimal packing, by enumeration: for instances with few packings."""
 
 import itertools
 import math
@@ -7,17 +7,18 @@ from functools import cache
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Int32
 
-from eplb_jax.arrays import LOAD_BITS, first_equal, fixed_point, loads_of
+from eplb_jax.arrays import first_equal, loads_of
 from eplb_jax.packing.constructions import Constructed, lane_by_lane
+from eplb_jax.packing.items import Items
 
-MOST_WAYS = 1000
-"""Up to so many packings are all tried."""
+MAX_PACKINGS = 1000
+"""Up to this many packings all are tried."""
 
 
-def ways(num_items: int, num_packs: int) -> int:
-    """In how many ways items go into packs, all alike."""
+def num_packings(num_items: int, num_packs: int) -> int:
+    """The number of ways to pack items into packs that are all alike."""
     capacity = num_items // num_packs
     return math.factorial(num_items) // (
         math.factorial(capacity) ** num_packs * math.factorial(num_packs)
@@ -26,7 +27,7 @@ def ways(num_items: int, num_packs: int) -> int:
 
 @cache
 def every_packing(num_items: int, num_packs: int) -> np.ndarray:
-    """All of them, int32 [ways, m, c]."""
+    """All packings, int32 [packings, m, c]."""
 
     def fill(items: tuple[int, ...]) -> Iterator[tuple[tuple[int, ...], ...]]:
         if not items:
@@ -40,17 +41,11 @@ def every_packing(num_items: int, num_packs: int) -> np.ndarray:
     return np.array(list(fill(tuple(range(num_items)))), np.int32)
 
 
-def exhaustive(
-    weight: Float[Array, "..."], order: Int32[Array, "n *K"], num_packs: int
-) -> Constructed:
-    """The optimum, by trying every packing: for groups of experts on a few nodes.
-
-    The order decides among equals. Up to `MOST_WAYS` packings.
-    """
-    if order.ndim > 1:
-        return lane_by_lane(exhaustive, weight, order, num_packs)
+@lane_by_lane
+def exhaustive(items: Items, order: Int32[Array, " n"], num_packs: int) -> Constructed:
+    """The packing with the least maximum load, by trying all; the order decides among equals."""
     packings = jnp.asarray(every_packing(order.shape[0], num_packs))
-    units = fixed_point(weight, packings.shape[2], LOAD_BITS)
-    heaviest = jnp.max(jnp.sum(units[order][packings], axis=2, dtype=jnp.int32), axis=1)
-    contents = order[packings[first_equal(heaviest, jnp.min(heaviest))]]
-    return Constructed(contents, loads_of(units, contents))
+    loads = jnp.sum(items.units[order][packings], axis=2, dtype=jnp.int32)
+    largest = jnp.max(loads, axis=1)
+    contents = order[packings[first_equal(largest, jnp.min(largest))]]
+    return Constructed(contents, loads_of(items.units, contents))

@@ -1,7 +1,4 @@
-"""What makes one packing better than another: numbers compared in turn, smaller is better.
-
-Loads are integers (see `lanes.fixed_point`) but those of the exact greedy.
-"""
+"""What makes one packing better than another: numbers compared in turn, smaller is better."""
 
 from collections.abc import Callable
 
@@ -16,12 +13,12 @@ Objective = Callable[[Num[Array, "m *K"]], tuple[Num[Array, "*K"], ...]]
 
 
 def spread(loads: Num[Array, "m *K"]) -> tuple[Num[Array, "*K"], ...]:
-    """The heaviest pack less the lightest."""
+    """The maximum load minus the minimum load."""
     return (jnp.max(loads, axis=0) - jnp.min(loads, axis=0),)
 
 
 def peak(loads: Num[Array, "m *K"]) -> tuple[Num[Array, "*K"], ...]:
-    """The heaviest pack, then the sum of squares."""
+    """The maximum load, then the sum of squared loads."""
     squares = unfused(jnp.square(loads.astype(jnp.float32)))
     return jnp.max(loads, axis=0), jnp.sum(squares, axis=0)
 

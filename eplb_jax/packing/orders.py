@@ -1,12 +1,12 @@
-"""Orders in which a construction takes the items: where candidates differ.
+"""Orders in which a construction takes the items: this is where candidates differ.
 
-Items are known by their rank: item 0 is the heaviest, so the LPT order is 0, 1, 2, ... What an
-order draws at random is drawn once and shared by all layers. A layer's plan then does not
-depend on which other layers were planned with it, and planning L layers costs one draw.
+Items are numbered by rank: item 0 has the largest weight, so the LPT order is 0, 1, 2, ... What an
+order draws at random is drawn once and shared by all layers, so the packing of a layer does not
+depend on the other layers, and L layers cost one draw.
 
 An order is a frozen value with `count`, the number of candidates, and `draw`, which returns one
-candidate a lane: whole numbers are an order of the ranks, the same for every layer; floats
-are factors of the sort keys, by which every layer sorts its own weights downwards.
+candidate a lane: int32 is an order of the ranks, the same for every layer; float32 are factors of
+the sort keys, by which every layer sorts its own weights in descending order.
 """
 
 from dataclasses import dataclass
@@ -37,7 +37,7 @@ class Order(Protocol):
 
 @dataclass(frozen=True)
 class Lpt:
-    """Longest processing time first: by falling weight (Graham, 1969)."""
+    """Longest processing time first: by descending weight (Graham, 1969)."""
 
     count: int = 1
 
@@ -49,15 +49,16 @@ class Lpt:
 
 @dataclass(frozen=True)
 class Zigzag:
-    """Heaviest, lightest, second heaviest, second lightest, ..."""
+    """Largest, smallest, second largest, second smallest, ..."""
 
     count: int = 1
 
     def draw(self, key: Key[Array, ""], num_items: int) -> Int32[Array, "n K"]:
-        """The heavier half forwards on even places, the lighter half backwards on odd ones."""
+        """The first half of the ranks in even positions, the second half reversed in odd ones."""
         del key
-        place = jnp.arange(num_items, dtype=jnp.int32)
-        order = jnp.where(place % 2 == 0, place // 2, num_items - 1 - place // 2)
+        position = jnp.arange(num_items, dtype=jnp.int32)
+        rank = position // 2
+        order = jnp.where(position % 2 == 0, rank, num_items - 1 - rank)
         return jnp.tile(order[:, None], (1, self.count))
 
 
@@ -88,7 +89,7 @@ class NoisyLpt:
 
 @dataclass(frozen=True)
 class RampedLpt:
-    """LPT with sort keys multiplied by 1 + U[0, s], s rising evenly from start to stop."""
+    """LPT with sort keys multiplied by 1 + U[0, s], s from start to stop in equal steps."""
 
     count: int
     start: float

@@ -1,8 +1,8 @@
 """The best exchange in all pairs of packs at once.
 
-The state of a step is the number of the item in every place, and the loads of packs. What is known
-of the items stays in tables, from which a step reads the loads that it compares, so that it writes
-little; ranks of the m loads are counted by m x m comparisons.
+The state of a step is the number of the item in every position, and the loads of packs. Loads and
+labels of items stay in tables that steps only read; ranks of the m loads are counted by m x m
+comparisons.
 """
 
 from dataclasses import dataclass
@@ -15,25 +15,25 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Int32, Key, Num
 
-from eplb_jax.arrays import along, falling, least_row, take_rows
+from eplb_jax.arrays import along, descending, least_row, take_rows
 from eplb_jax.packing.exchange import (
     BITS,
     BITS_OF_SQUARES,
     Exchanges,
     State,
     columns,
-    loads,
-    repeats,
+    is_duplicate,
+    pack_loads,
 )
 
 
 class Marks(NamedTuple):
-    """Numbers above any difference of loads, which is less than 2 ** (bits + 1).
+    """Sentinels larger than any load difference, which is below 2 ** (bits + 1).
 
     Attributes:
-        anything: No less than any difference.
-        single: Added to both packs for one item, not two: against two, it leaves `anything`.
-        never: For items that must stay: `anything` is left of it, whatever the other pack gives.
+        anything: At least any difference.
+        single: Added to both sides for one item, so that one against two differ by `anything`.
+        never: For items that must stay: at least `anything` from whatever the other pack gives.
     """
 
     anything: int
@@ -42,27 +42,27 @@ class Marks(NamedTuple):
 
 
 def marks(num_windows: int) -> Marks:
-    """What fits in an int32, or exactly in a float32 where squares are taken."""
+    """Sized to int32, or to float32's exact integers where squares are taken."""
     anything = 2 << (BITS if num_windows == 1 else BITS_OF_SQUARES)
     return Marks(anything, 2 * anything, 4 * anything)
 
 
-_WRITTEN_OUT = 16
-"""So many exchanges of an item are one kernel. With the index of a loop XLA:CPU does not use vector
-instructions for several windows, and takes eight times as long; but more compile for long."""
+_UNROLLED = 16
+"""Unroll up to this many exchanges of an item into one kernel. In a loop XLA:CPU does not vectorise
+several windows and takes eight times as long; unrolling more takes long to compile."""
 
 
 @dataclass(frozen=True)
 class Pairs(Exchanges):
     """`rounds` times: pair all packs, and make the best exchange in every pair at once.
 
-    The packs are ranked by load and paired by a schedule that changes from round to round: on
-    even rounds heavy with light, shifted by one each time, on odd ones as in a tournament, which
-    brings any two ranks together in time. With several windows even rounds rank by their sum, odd
-    ones by each in turn. The best exchange of one item for one, or with `two` of two for two, is
-    the one after which the loads of the pair differ least, in squares over windows. A repeat that
-    the other pack of a pair can take goes there first, whatever the loads. O(T c^2 m) a round,
-    with `two` O(T c^4 m).
+    The packs are ranked by load and paired by a schedule that changes from round to round: in even
+    rounds the more loaded half with the other half, shifted by one each time; in odd ones as in a
+    round-robin tournament, which pairs any two ranks in time. With several windows even rounds rank
+    by the sum of loads, odd ones by each window in turn. The best 1-swap, or with `two` the best of
+    1-swaps and 2-swaps, is the one after which the loads of the pair differ least, in squares over
+    windows. A duplicate that the other pack of its pair can take moves there first, whatever the
+    loads. O(T c^2 m) a round, with `two` O(T c^4 m).
     """
 
     rounds: int
@@ -73,134 +73,141 @@ class Pairs(Exchanges):
         del key
         num_windows, capacity, num_packs = state.value.shape
         value = jnp.moveaxis(state.value, 0, -1).reshape(-1, num_windows)
-        items = _Items(value, state.label.ravel() if labelled else None)
-        table = jnp.asarray(schedule(num_packs, self.rounds))
+        table = _Table(value, state.label.ravel() if labelled else None)
+        ranks = jnp.asarray(schedule(num_packs, self.rounds))
 
         def round_of(i: Array | int, parts: _Parts) -> _Parts:
-            place = jnp.concatenate([x.place for x in parts], axis=1)
-            by_window = jnp.concatenate([x.load for x in parts])
+            packs = _join(parts)
             turn = jnp.asarray(i, jnp.int32) // 2 % num_windows
-            over_all = jnp.sum(by_window, axis=1, dtype=jnp.int32)
-            load = jnp.where(jnp.asarray(i, jnp.int32) % 2 == 0, over_all, by_window[:, turn])
-            order = take_rows(falling(load), table[i])
-            packs, bye = _parted(_Packs(columns(place, order), take_rows(by_window, order)))
-            return _exchanged(packs, items, self.two), bye
+            total = jnp.sum(packs.load, axis=1, dtype=jnp.int32)
+            load = jnp.where(jnp.asarray(i, jnp.int32) % 2 == 0, total, packs.load[:, turn])
+            order = take_rows(descending(load), ranks[i])
+            packs, rest = _split(_Packs(columns(packs.item, order), take_rows(packs.load, order)))
+            return _exchange(packs, table, self.two), rest
 
-        place = jnp.arange(capacity * num_packs, dtype=jnp.int32).reshape(capacity, num_packs)
-        parts = _parted(_Packs(place, loads(state.value).T))
-        parts = lax.fori_loop(0, self.rounds, round_of, parts)
-        place = jnp.concatenate([x.place for x in parts], axis=1)
+        number = jnp.arange(capacity * num_packs, dtype=jnp.int32).reshape(capacity, num_packs)
+        start = _split(_Packs(number, pack_loads(state.value).T))
+        number = _join(lax.fori_loop(0, self.rounds, round_of, start)).item
         flat = jax.tree.map(lambda x: x.reshape(*x.shape[:-2], -1), state)
-        return State(*(columns(x, place) for x in flat))
+        return State(*(columns(x, number) for x in flat))
 
 
-class _Items(NamedTuple):
-    """The items by their place at first. Windows are last, as that is how rows are merge_windows."""
+class _Table(NamedTuple):
+    """The items by their first position. Windows are the last axis, as rows are gathered."""
 
     value: Int32[Array, "n T"]
     label: Int32[Array, " n"] | None
 
-    def values(self, place: Int32[Array, "*r"]) -> Int32[Array, "T *r"]:
+    def values(self, item: Int32[Array, "*r"]) -> Int32[Array, "T *r"]:
         """The loads of some items."""
         if self.value.shape[1] == 1:
-            return take_rows(self.value[:, 0], place)[None]
-        return jnp.moveaxis(take_rows(self.value, place), -1, 0)
+            return take_rows(self.value[:, 0], item)[None]
+        return jnp.moveaxis(take_rows(self.value, item), -1, 0)
 
 
 class _Packs(NamedTuple):
-    """Carry of `Pairs`: in every place the number of its item, and the loads of every pack."""
+    """The number of the item in every position, and the loads of every pack."""
 
-    place: Int32[Array, "c m"]
+    item: Int32[Array, "c m"]
     load: Int32[Array, "m T"]
 
 
 _Parts = tuple[_Packs, _Packs]
-"""Pairs, the heavier packs before the lighter ones, and what is left over."""
+"""Carry of `Pairs`: the paired packs, first partners first, and what is left over if m is odd."""
 
 
-def _parted(packs: _Packs) -> _Parts:
-    paired = packs.place.shape[1] // 2 * 2
-    part = lambda at: _Packs(packs.place[:, at], packs.load[at])  # noqa: E731
-    return part(slice(paired)), part(slice(paired, None))
+def _split(packs: _Packs) -> _Parts:
+    paired = packs.item.shape[1] // 2 * 2
+    first, rest = slice(paired), slice(paired, None)
+    return _Packs(packs.item[:, first], packs.load[first]), _Packs(
+        packs.item[:, rest], packs.load[rest]
+    )
+
+
+def _join(parts: _Parts) -> _Packs:
+    item = jnp.concatenate([x.item for x in parts], axis=1)
+    return _Packs(item, jnp.concatenate([x.load for x in parts]))
 
 
 def schedule(num_packs: int, rounds: int) -> np.ndarray:
     """Ranks in the order in which they are paired, int32 [rounds, m].
 
-    The first h = m // 2 are the heavier partners of the next h; with odd m the last has a bye.
+    The first h = m // 2 are the partners of the next h, each of the higher load; with odd m the
+    last has no partner.
     """
     half, players = num_packs // 2, num_packs + num_packs % 2
     table = np.empty((rounds, num_packs), np.int32)
     for i in range(rounds):
         turn = i // 2
         if i % 2 == 0:
-            heavy = np.arange(half)
-            light = num_packs - 1 - (heavy + turn) % half
-        else:  # the circle method: the last player stays, the others go round
+            high = np.arange(half)
+            low = num_packs - 1 - (high + turn) % half
+        else:  # the circle method: the last player stays, the others rotate
             ring = np.roll(np.arange(players - 1), -turn)
             facing = np.append(players - 1, ring[::-1][: players // 2 - 1])
             couples = np.sort([ring[: players // 2], facing], axis=0)
-            heavy, light = couples[:, couples[1] < num_packs]
-        bye = np.setdiff1d(np.arange(num_packs), [*heavy, *light])
-        table[i] = [*heavy, *light, *bye]
+            high, low = couples[:, couples[1] < num_packs]
+        rest = np.setdiff1d(np.arange(num_packs), [*high, *low])
+        table[i] = [*high, *low, *rest]
     return table
 
 
-def _exchanged(packs: _Packs, items: _Items, two: bool) -> _Packs:
+def _exchange(packs: _Packs, table: _Table, two: bool) -> _Packs:
     """The best exchange in every pair: of pack i with pack h + i."""
-    capacity, half = packs.place.shape[0], packs.place.shape[1] // 2
+    capacity, half = packs.item.shape[0], packs.item.shape[1] // 2
     load = packs.load.T
     anything = marks(len(load)).anything
-    limit = _length(load[:, :half] - load[:, half:])
-    barred = jnp.zeros(packs.place.shape, bool)
-    if items.label is not None:
-        barred, urgent = _barred(take_rows(items.label, packs.place))
-        limit = jnp.where(urgent, _length(jnp.full_like(load[:, :half], anything)), limit)
+    limit = _distance(load[:, :half] - load[:, half:])
+    fixed = jnp.zeros(packs.item.shape, bool)
+    if table.label is not None:
+        fixed, urgent = _fixed_by_labels(take_rows(table.label, packs.item))
+        limit = jnp.where(urgent, _distance(jnp.full_like(load[:, :half], anything)), limit)
 
     first, last = bundles_of(capacity, two=two)
-    chosen = _best_exchange(load, items.values(packs.place), barred, (first, last), limit)
-    # One number stands for a bundle: its first place, then its last, which is the same for one.
-    places = jnp.asarray(first * capacity + last)[chosen]
-    at = jnp.where(chosen < 0, -1, jnp.stack([places // capacity, places % capacity]))
-    gone = along(packs.place, jnp.maximum(at, 0), 0)
-    weight = take_rows(items.value, gone)
+    chosen = _best_exchange(load, table.values(packs.item), fixed, (first, last), limit)
+    # A bundle is coded by its first and its last position, which are the same for one item.
+    code = jnp.asarray(first * capacity + last)[chosen]
+    at = jnp.where(chosen < 0, -1, jnp.stack([code // capacity, code % capacity]))
+    given = along(packs.item, jnp.maximum(at, 0), 0)
+    weight = take_rows(table.value, given)
     weight = weight[0] + jnp.where((at[0] != at[1])[:, None], weight[1], 0)
     change = jnp.where(chosen[:, None] < 0, 0, jnp.roll(weight, half, axis=0) - weight)
-    place, come = packs.place, jnp.roll(gone, half, axis=1)
-    for one, item in zip(at, come, strict=True):
-        here = jnp.arange(capacity, dtype=jnp.int32)[:, None] == one
-        place = jnp.where(here, item, place)
-    return _Packs(place, packs.load + change)
+    item = packs.item
+    for position, new in zip(at, jnp.roll(given, half, axis=1), strict=True):
+        here = jnp.arange(capacity, dtype=jnp.int32)[:, None] == position
+        item = jnp.where(here, new, item)
+    return _Packs(item, packs.load + change)
 
 
-def _barred(label: Int32[Array, "c m"]) -> tuple[Bool[Array, "c m"], Bool[Array, " h"]]:
-    """Which items must stay where they are, and whether a repeat of the pair must go.
+def _fixed_by_labels(label: Int32[Array, "c m"]) -> tuple[Bool[Array, "c m"], Bool[Array, " h"]]:
+    """Which items must stay where they are, and whether a duplicate of the pair must move.
 
-    Those that the other pack has must stay; and where a repeat can go, all others of its side.
+    Items whose label the other pack has must stay; where a duplicate can move, so must all other
+    items of its pack.
     """
     half = label.shape[1] // 2
     a, b = label[:, :half], label[:, half:]
     same = a[:, None] == b
     known_a, known_b = jnp.any(same, axis=1), jnp.any(same, axis=0)
-    urgent = repeats(a) & ~known_a, repeats(b) & ~known_b
-    urgent_a = jnp.any(urgent[0], axis=0)
-    urgent_b = jnp.any(urgent[1], axis=0) & ~urgent_a
-    barred_a = known_a | (urgent_a & ~urgent[0])
-    barred_b = known_b | (urgent_b & ~urgent[1])
-    return jnp.concatenate([barred_a, barred_b], axis=1), urgent_a | urgent_b
+    movable_a, movable_b = is_duplicate(a) & ~known_a, is_duplicate(b) & ~known_b
+    urgent_a = jnp.any(movable_a, axis=0)
+    urgent_b = jnp.any(movable_b, axis=0) & ~urgent_a
+    fixed_a = known_a | (urgent_a & ~movable_a)
+    fixed_b = known_b | (urgent_b & ~movable_b)
+    return jnp.concatenate([fixed_a, fixed_b], axis=1), urgent_a | urgent_b
 
 
 def bundles_of(capacity: int, *, two: bool) -> tuple[np.ndarray, np.ndarray]:
-    """The first and the last place of what may be exchanged: of one item each, then of any two."""
-    place = np.arange(capacity, dtype=np.int32)
+    """The first and the last position of what may be exchanged: single items, then any two."""
+    position = np.arange(capacity, dtype=np.int32)
     if not two or capacity < 4:
-        return place, place
+        return position, position
     one, other = np.triu_indices(capacity, k=1)
-    return np.append(place, one).astype(np.int32), np.append(place, other).astype(np.int32)
+    return np.append(position, one).astype(np.int32), np.append(position, other).astype(np.int32)
 
 
-def _length(apart: Num[Array, "T *h"]) -> Num[Array, "*h"]:
-    """How far apart packs are: their difference, or its squares added up over windows."""
+def _distance(apart: Num[Array, "T *h"]) -> Num[Array, "*h"]:
+    """The distance of packs: their difference, or its squares summed over windows."""
     if apart.shape[0] == 1:
         return jnp.abs(apart[0])
     return reduce(jnp.add, [jnp.square(x.astype(jnp.float32)) for x in apart])
@@ -209,13 +216,13 @@ def _length(apart: Num[Array, "T *h"]) -> Num[Array, "*h"]:
 def _best_exchange(
     load: Int32[Array, "T m"],
     value: Int32[Array, "T c m"],
-    barred: Bool[Array, "c m"],
+    fixed: Bool[Array, "c m"],
     bundles: tuple[np.ndarray, np.ndarray],
     limit: Num[Array, " h"],
 ) -> Int32[Array, " m"]:
-    """The bundle of every pack whose exchange leaves least between the pair.
+    """The bundle of every pack whose exchange leaves the least distance between the pair.
 
-    -1 for both where that is not less than the limit.
+    -1 for both packs where that is not below the limit.
     """
     capacity, half = value.shape[1], value.shape[2] // 2
     one, other = (k[capacity:] for k in bundles)
@@ -223,30 +230,34 @@ def _best_exchange(
     single = np.where(bundles[0] == bundles[1], mark.single, 0).astype(np.int32)[:, None]
 
     def after(side: slice, never: int) -> Array:
-        """What a pack weighs without a bundle, and its partner more with it; or `never`."""
-        of_item, stays = value[..., side], barred[:, side]
+        """The load without a bundle, less what the partner gains by it; or `never`."""
+        of_item, stays = value[..., side], fixed[:, side]
         if len(one):
             of_item = jnp.concatenate([of_item, of_item[:, one] + of_item[:, other]], axis=1)
             stays = jnp.concatenate([stays, stays[one] | stays[other]])
         weight = jnp.where(stays, never, load[:, None, side] - 2 * of_item + single)
-        # Squares are of whole numbers in floats, made once and not in every comparison.
+        # Converted once for all comparisons.
         return weight if len(load) == 1 else weight.astype(jnp.float32)
 
     left, right = after(slice(half), mark.never), after(slice(half, None), -mark.never)
     count = right.shape[1]
-    length = lambda j: _length(left - right[:, j, None])  # noqa: E731
-    if count <= _WRITTEN_OUT:
-        least, partner = length(0), jnp.zeros(left.shape[1:], jnp.int32)
+
+    def distance(j: Array | int) -> Array:
+        return _distance(left - right[:, j, None])
+
+    if count <= _UNROLLED:
+        least, partner = distance(0), jnp.zeros(left.shape[1:], jnp.int32)
         for j in range(1, count):
-            lower = length(j) < least
+            lower = distance(j) < least
             partner = jnp.where(lower, j, partner)
-            least = jnp.where(lower, length(j), least)
+            least = jnp.where(lower, distance(j), least)
         _, from_a, from_b = least_row(least, partner, limit)
     else:
-        against = lambda j, least: jnp.minimum(least, length(j))  # noqa: E731
-        least = lax.fori_loop(1, count, against, length(0), unroll=4)
+        least = lax.fori_loop(
+            1, count, lambda j, least: jnp.minimum(least, distance(j)), distance(0), unroll=4
+        )
         _, from_a, _ = least_row(least, jnp.zeros(least.shape, jnp.int32), limit)
         left = along(left, jnp.maximum(from_a, 0)[None, None], 1)
-        lengths = _length(left - right)
-        _, from_b, _ = least_row(lengths, jnp.zeros(lengths.shape, jnp.int32), limit)
+        distances = _distance(left - right)
+        _, from_b, _ = least_row(distances, jnp.zeros(distances.shape, jnp.int32), limit)
     return jnp.concatenate([from_a, from_b])

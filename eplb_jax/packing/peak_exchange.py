@@ -10,61 +10,64 @@ from jax import lax
 from jaxtyping import Array, Int32, Key
 
 from eplb_jax.arrays import first_equal, least_row
-from eplb_jax.packing.exchange import Exchanges, State, loads, repeats
+from eplb_jax.packing.exchange import Exchanges, State, is_duplicate, pack_loads
 
 
 @dataclass(frozen=True)
 class Peak(Exchanges):
-    """`steps` times: the exchange of the heaviest pack with any other that lightens it most.
+    """`steps` times: the exchange that lowers the most loaded pack most, with any other pack.
 
-    Closes the cases where the largest item bounds the heaviest pack and only the smallest items,
-    which need not be in its partner of a round, bring it down. With several windows it is the
-    heaviest pack of each in turn, and the heavier of both packs is added up over windows. While
-    there are repeats, three steps of four exchange one of them instead, for what adds the least
-    load. O(T c n) a step.
+    For instances where the largest item bounds the maximum load and only the smallest items, which
+    need not be in its partner of a round, lower it. With several windows it is the most loaded pack
+    of each in turn, and the larger load of both packs is summed over windows. While there are
+    duplicates, three steps of four exchange one of them instead, for the least added load.
+    O(T c n) a step.
     """
 
     steps: int
 
     def improve(self, state: State, key: Key[Array, ""], *, labelled: bool) -> State:
-        """Lighten the heaviest pack."""
+        """Lower the most loaded pack."""
         del key, labelled
-        start = _Lightened(state, jnp.asarray(-1, jnp.int32))
-        return lax.fori_loop(0, self.steps, _lighten, start).state
+        start = _Lowered(state, jnp.asarray(-1, jnp.int32))
+        return lax.fori_loop(0, self.steps, _lower, start).state
 
 
-class _Lightened(NamedTuple):
-    """Carry of `Peak`: the packs, and the place of the last repeat that was looked at."""
+class _Lowered(NamedTuple):
+    """Carry of `Peak`: the packs, and the position of the last duplicate that was tried."""
 
     state: State
     last: Int32[Array, ""]
 
 
-def _lighten(i: Array | int, carry: _Lightened) -> _Lightened:
+_NEVER = np.int32(np.iinfo(np.int32).max)
+
+
+def _lower(i: Array | int, carry: _Lowered) -> _Lowered:
     state, last = carry
     num_windows, capacity, num_packs = state.value.shape
-    load = loads(state.value)
+    load = pack_loads(state.value)
     n, step = capacity * num_packs, jnp.asarray(i, jnp.int32)
     slot = jnp.arange(n, dtype=jnp.int32).reshape(capacity, num_packs)
-    # Repeats take turns, lest one that cannot be removed holds up the others.
-    turn = jnp.where(repeats(state.label), (slot - last - 1) % n, n)
+    # Duplicates take turns, so one that cannot be removed does not hold up the others.
+    turn = jnp.where(is_duplicate(state.label), (slot - last - 1) % n, n)
     turn = jnp.min(_least(turn)[0])
-    repeat = (last + 1 + turn) % n
+    duplicate = (last + 1 + turn) % n
     urgent = (turn < n) & (step % 4 < 3)
-    seen = load[step % num_windows]
-    pack = jnp.where(urgent, repeat % num_packs, first_equal(seen, jnp.max(seen)))
+    visible = load[step % num_windows]
+    pack = jnp.where(urgent, duplicate % num_packs, first_equal(visible, jnp.max(visible)))
     value, label = state.value[:, :, pack], state.label[:, pack]
 
     mine, others = load[:, pack, None], load
     moved = value[:, :, None, None] - state.value[:, None]
-    heavier = jnp.maximum(mine[..., None, None] - moved, others[:, None, None] + moved)
-    cost = reduce(jnp.add, heavier)
+    larger = jnp.maximum(mine[..., None, None] - moved, others[:, None, None] + moved)
+    cost = reduce(jnp.add, larger)
     before = jnp.sum(jnp.maximum(mine, others), axis=0, dtype=jnp.int32)
     same = label[:, None, None] == state.label
-    barred = jnp.any(same, axis=1, keepdims=True) | jnp.any(same, axis=0, keepdims=True)
-    place = jnp.arange(capacity, dtype=jnp.int32)
-    barred |= (urgent & (place != repeat // num_packs))[:, None, None]
-    cost, out = _least(jnp.where(barred, _NEVER, cost))
+    invalid = jnp.any(same, axis=1, keepdims=True) | jnp.any(same, axis=0, keepdims=True)
+    position = jnp.arange(capacity, dtype=jnp.int32)
+    invalid |= (urgent & (position != duplicate // num_packs))[:, None, None]
+    cost, out = _least(jnp.where(invalid, _NEVER, cost))
     cost, at, out = least_row(cost, out, jnp.full(num_packs, _NEVER))
     least = jnp.min(cost)
     other = first_equal(cost, least)
@@ -75,15 +78,12 @@ def _lighten(i: Array | int, carry: _Lightened) -> _Lightened:
     there = good & (slot == other_at * num_packs + other)
 
     all_of = jnp.concatenate([state.value, state.item[None], state.label[None]])
-    come, gone = all_of[:, other_at, other], all_of[:, mine_at, pack]
-    after = jnp.where(here, come[:, None, None], jnp.where(there, gone[:, None, None], all_of))
+    into, out_of = all_of[:, other_at, other], all_of[:, mine_at, pack]
+    after = jnp.where(here, into[:, None, None], jnp.where(there, out_of[:, None, None], all_of))
     after = State(after[:num_windows], after[-2], after[-1])
-    return _Lightened(after, jnp.where(urgent, repeat, last))
+    return _Lowered(after, jnp.where(urgent, duplicate, last))
 
 
 def _least(x: Int32[Array, "r *K"]) -> tuple[Int32[Array, "*K"], Int32[Array, "*K"]]:
-    """The least of every lane, and where it is, if less than `_NEVER`."""
+    """The minimum of every lane and its row, if below `_NEVER`."""
     return least_row(x, jnp.zeros_like(x), jnp.full(x.shape[1:], _NEVER))[:2]
-
-
-_NEVER = np.int32(np.iinfo(np.int32).max)

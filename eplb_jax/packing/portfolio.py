@@ -1,4 +1,4 @@
-"""What each shape of packs gains most from: blocks dealt out anew, pairs, the heaviest pack."""
+"""Which exchanges each shape of packs gains most from."""
 
 from dataclasses import dataclass
 
@@ -7,37 +7,36 @@ import jax.numpy as jnp
 from jaxtyping import Array, Key
 
 from eplb_jax.packing.columns import Columns
-from eplb_jax.packing.exchange import Exchanges, State, loads, repeats
+from eplb_jax.packing.exchange import Exchanges, State, is_duplicate, pack_loads
 from eplb_jax.packing.objectives import best
 from eplb_jax.packing.pair_exchange import Pairs
 from eplb_jax.packing.peak_exchange import Peak
 
 _MORE_ROUNDS = {3: 4, 4: 12, 5: 8, 6: 4, 7: 4, 8: 2}
-"""A pair of small packs has few exchanges, which are quickly looked at and rarely fit."""
+"""Factor of `rounds` by items per pack: two small packs have few exchanges, which rarely help."""
 
 
 @dataclass(frozen=True)
 class Portfolio(Exchanges):
-    """What each shape of packs gains most from.
+    """The exchanges that each shape of packs gains most from.
 
     ======  ==================================================================================
     c       steps
     ======  ==================================================================================
-    2       `rounds` of `Pairs`, one for one: for repeats only, as `differencing` is optimal
-    3       `columns` of `Columns`; four times `rounds`, one for one, as two for two is one for
-            one of the third items
-    4       half of `columns`; twelve times `rounds`, two for two
-    5       a quarter of `columns`; eight times `rounds`, two for two
-    6 to 8  four, four and two times `rounds`, two for two
-    9-16    `rounds`, two for two
-    more    `rounds`, one for one
+    2       `rounds` of `Pairs` with 1-swaps: for duplicates only, as `differencing` is optimal
+    3       `columns` of `Columns`; 4 x `rounds` with 1-swaps (a 2-swap is a 1-swap of the third)
+    4       half of `columns`; 12 x `rounds` with 2-swaps
+    5       a quarter of `columns`; 8 x `rounds` with 2-swaps
+    6 to 8  4, 4 and 2 x `rounds` with 2-swaps
+    9-16    `rounds` with 2-swaps
+    more    `rounds` with 1-swaps
     ======  ==================================================================================
 
-    and at the end `peaks` of `Peak`. With up to 5 items a pack and 128 in all the steps are taken
-    2 to 4 times, with other blocks, and the best packing is kept.
+    and at the end `peaks` of `Peak`. With up to 5 items a pack and 128 in total, the steps are
+    taken from 2 to 4 random keys, and the best packing is kept.
 
-    With several windows: three times `rounds`, eight times with up to 128 items in all, one for
-    one, and two for two with 4 or 5 items a pack.
+    With several windows: 3 x `rounds`, 8 x with up to 128 items in total, with 1-swaps, and with
+    2-swaps for 4 or 5 items a pack.
     """
 
     columns: int
@@ -72,7 +71,7 @@ class Portfolio(Exchanges):
         if chains < 2:
             return chain(key)
         ends = jax.vmap(chain)(jax.random.split(key, chains))
-        repeated = jnp.sum(jax.vmap(repeats)(ends.label), axis=(1, 2), dtype=jnp.int32)
-        heaviest = jnp.max(jax.vmap(loads)(ends.value), axis=2)
-        chosen = best((repeated, jnp.sum(heaviest, axis=1, dtype=jnp.int32)), 1)[0]
+        duplicates = jnp.sum(jax.vmap(is_duplicate)(ends.label), axis=(1, 2), dtype=jnp.int32)
+        largest = jnp.max(jax.vmap(pack_loads)(ends.value), axis=2)
+        chosen = best((duplicates, jnp.sum(largest, axis=1, dtype=jnp.int32)), 1)[0]
         return jax.tree.map(lambda x: x[chosen], ends)

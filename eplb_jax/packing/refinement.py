@@ -1,28 +1,37 @@
 """What a search asks of a refinement."""
 
-from typing import ClassVar, Protocol, runtime_checkable
+from abc import ABC, abstractmethod
+from typing import ClassVar
 
-from jaxtyping import Array, Float, Int32, Key
+import jax
+from jaxtyping import Array, Int32, Key
+
+from eplb_jax.packing.items import Items
 
 
-@runtime_checkable
-class Refinement(Protocol):
-    """What a strategy asks of a refinement.
+class Refinement(ABC):
+    """From packings to packings that are no worse, or have fewer duplicates of a label.
+
+    A frozen value that does not know which search calls it.
 
     Attributes:
         keeps_labels: Whether it keeps items with one label in distinct packs.
-        sees_windows: Whether it takes weights [T, n], the loads of every item in T windows.
+        uses_windows: Whether it balances `Items.windows`, not only `Items.units`.
     """
 
-    keeps_labels: ClassVar[bool]
-    sees_windows: ClassVar[bool]
+    keeps_labels: ClassVar[bool] = False
+    uses_windows: ClassVar[bool] = False
 
     def __call__(
-        self,
-        contents: Int32[Array, "m c *K"],
-        weight: Float[Array, "..."],
-        key: Key[Array, ""],
-        label: Int32[Array, "..."] | None = None,
+        self, contents: Int32[Array, "m c *K"], items: Items, key: Key[Array, ""]
     ) -> Int32[Array, "m c *K"]:
-        """Return packings that are no worse, or have fewer repeats of a label."""
-        ...
+        """Refine every lane."""
+        if contents.ndim == 2:
+            return self.refine(contents, items, key)
+        return jax.vmap(self, (-1, -1, None), -1)(contents, items, key)
+
+    @abstractmethod
+    def refine(
+        self, contents: Int32[Array, "m c"], items: Items, key: Key[Array, ""]
+    ) -> Int32[Array, "m c"]:
+        """Refine one packing."""

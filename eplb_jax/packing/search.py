@@ -1,6 +1,6 @@
 """The search engine: candidates, keep the best, refine them, choose one.
 
-Items go by rank, heaviest first. A lane is a candidate of a layer: all candidates of the first
+Items are sorted by descending weight. A lane is a candidate of a layer: all candidates of the first
 layer, then those of the second, and so on. What is drawn at random is shared by all layers (see
 `orders`).
 """
@@ -14,23 +14,15 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int32, Key, Num
 
-from eplb_jax.arrays import (
-    LOAD_BITS,
-    along,
-    fixed_point,
-    index_bits,
-    loads_of,
-    look_up,
-    normalise,
-    normalise_windows,
-)
-from eplb_jax.packing.duplicates import repeats_in, separate
+from eplb_jax.arrays import LOAD_BITS, along, index_bits, loads_of, look_up
+from eplb_jax.packing.duplicates import count_duplicates, separate
+from eplb_jax.packing.items import Items, items_of, with_bits
 from eplb_jax.packing.objectives import Objective, best
 from eplb_jax.packing.searches import Search
 from eplb_jax.packing.sorting import descending_order, exact_descending_order
 
 BLOCK = 1 << 18
-"""Items times lanes that are searched at once: a megabyte an array, which caches hold."""
+"""Items times lanes that are searched at once: 1 MB an array, which fits in caches."""
 
 _Found = TypeVar("_Found")
 
@@ -38,65 +30,49 @@ _Found = TypeVar("_Found")
 def packs(
     weight: Float[Array, "L n"],
     num_packs: int,
-    strategy: Search,
+    search: Search,
     key: Key[Array, ""],
     labels: Int32[Array, "L n"] | None = None,
-    repeats: int | None = None,
+    max_duplicates: int | None = None,
     windows: Float[Array, "L T n"] | None = None,
 ) -> Int32[Array, "L m c"]:
     """The items of every pack of every layer.
 
-    Items with one of the `labels` follow each other and are num_packs at most; `repeats` items at
-    most, n if not given, have the label of an earlier one. Construction goes by `weight`, and so
-    does all else but where `windows` are given and the refinement sees them.
+    Args:
+        weight: Nonnegative weights, by which packings are constructed.
+        num_packs: m; divides n.
+        search: How to search.
+        key: What random draws come from.
+        labels: Items with one label are consecutive, and at most num_packs.
+        max_duplicates: Maximum number of items with the label of an earlier one; None: n.
+        windows: Weights in T windows, which refinements that use windows balance instead.
     """
     num_layers, n = weight.shape
-    if n == num_packs:
+    capacity = n // num_packs
+    if capacity == 1:
         identity = jnp.arange(n, dtype=jnp.int32)[:, None]
         return jnp.broadcast_to(identity, (num_layers, n, 1))
     if num_layers == 0:
-        return jnp.zeros((0, num_packs, n // num_packs), jnp.int32)
-    refinement = strategy.refinement
+        return jnp.zeros((0, num_packs, capacity), jnp.int32)
+    refinement = search.refinement
     keeps_labels = refinement is not None and refinement.keeps_labels
-    weight = normalise(weight)
+    if windows is not None:
+        uses_windows = refinement is not None and refinement.uses_windows
+        windows = jnp.moveaxis(windows, 0, -1) if uses_windows else None
+    items = items_of(weight.T, num_packs, None if labels is None else labels.T, windows)
     with jax.named_scope("sorted"):
-        # What nearly falls does for exchanges, in half the time.
-        order = (descending_order if keeps_labels else exact_descending_order)(weight.T)
+        # Exchanges need no exact order, which takes twice as long.
+        order = (descending_order if keeps_labels else exact_descending_order)(items.weight)
     if num_packs == 1:
         return order.T[:, None]
 
-    falling = look_up(weight.T, order)
-    label = None if labels is None else look_up(labels.T, order)
-    seen = falling
-    if refinement is not None and refinement.sees_windows:
-        seen = falling[None]
-        if windows is not None:
-            windows = jnp.moveaxis(normalise_windows(windows), 0, -1)
-            seen = jax.vmap(lambda x: look_up(x, order))(windows)
-    found = _found(_Items(falling, seen, label), num_packs, strategy, key)
-    contents = jnp.moveaxis(look_up(order, found), -1, 0)
+    contents = look_up(order, _search(items.take(order), num_packs, search, key))
+    contents = jnp.moveaxis(contents, -1, 0)
     if labels is None or keeps_labels:
         return contents
-    steps = n if repeats is None else repeats
+    steps = n if max_duplicates is None else max_duplicates
     with jax.named_scope("separate"):
-        return jax.vmap(lambda x, y, z: separate(x, y, z, steps))(contents, weight, labels)
-
-
-class _Items(NamedTuple):
-    """The items of every layer, heaviest first.
-
-    `seen` are the weights that refined packings are judged by: the same, or those of windows.
-    """
-
-    weight: Float[Array, "n L"]
-    seen: Float[Array, "*T n L"]
-    label: Int32[Array, "n L"] | None
-
-    def lanes(self, candidates: int) -> "_Items":
-        """The same with so many lanes for a layer."""
-        if candidates == 1:
-            return self
-        return jax.tree.map(lambda x: jnp.repeat(x, candidates, axis=-1), self)
+        return jax.vmap(lambda x, y, z: separate(x, y, z, steps))(contents, items.units.T, labels)
 
 
 class _Drawn(NamedTuple):
@@ -106,54 +82,15 @@ class _Drawn(NamedTuple):
     noisy: Float[Array, "n K2"]
 
 
-def _draw(strategy: Search, key: Key[Array, ""], num_items: int) -> _Drawn:
-    keys = jax.random.split(key, len(strategy.orders))
-    drawn = [order.draw(k, num_items) for order, k in zip(strategy.orders, keys, strict=True)]
+def _draw(search: Search, key: Key[Array, ""], num_items: int) -> _Drawn:
+    keys = jax.random.split(key, len(search.orders))
+    drawn = [order.draw(k, num_items) for order, k in zip(search.orders, keys, strict=True)]
     fixed = [x for x in drawn if x.dtype == jnp.int32]
     noisy = [x for x in drawn if x.dtype == jnp.float32]
     return _Drawn(
         jnp.concatenate([jnp.zeros((num_items, 0), jnp.int32), *fixed], axis=1),
         jnp.concatenate([jnp.zeros((num_items, 0), jnp.float32), *noisy], axis=1),
     )
-
-
-def _found(
-    items: _Items, num_packs: int, strategy: Search, key: Key[Array, ""]
-) -> Int32[Array, "m c L"]:
-    """The packing that the strategy finds for every layer."""
-    n, num_layers = items.weight.shape
-    draw_key, refine_key = jax.random.split(key)
-    drawn = _draw(strategy, draw_key, n)
-
-    def constructed(orders: Int32[Array, "n L k"]) -> Int32[Array, "m c lanes"]:
-        weight = items.lanes(orders.shape[2]).weight
-        with jax.named_scope("start"):
-            return strategy.construction(weight, orders.reshape(n, -1), num_packs).contents
-
-    def finished(orders: Int32[Array, "n L k"]) -> _Finished:
-        of_lanes = items.lanes(orders.shape[2])
-        contents, scores = _refined(constructed(orders), of_lanes, strategy, refine_key)
-        apart = lambda x: x.reshape(*x.shape[:-1], *orders.shape[1:])  # noqa: E731
-        return _Finished(apart(contents), jax.tree.map(apart, scores))
-
-    def scored(drawn: _Drawn) -> tuple[Num[Array, "L k"], ...]:
-        orders = _orders(items.weight, drawn)
-        weight = items.lanes(orders.shape[2]).weight
-        with jax.named_scope("start"):
-            built = strategy.construction(weight, orders.reshape(n, -1), num_packs)
-        scores = strategy.objective(built.loads)
-        return jax.tree.map(lambda x: x.reshape(num_layers, -1), scores)
-
-    if strategy.keep < strategy.num_candidates:
-        scores = _in_blocks(scored, drawn, num_layers)
-        kept = jax.vmap(lambda *x: best(x, strategy.keep))(*scores)
-        end = finished(_select(items.weight, drawn, kept))
-    else:
-        end = _in_blocks(lambda x: finished(_orders(items.weight, x)), drawn, num_layers)
-    if strategy.keep == 1:
-        return end.contents[..., 0]
-    chosen = jax.vmap(lambda *x: best(x, 1)[0])(*end.scores)
-    return along(end.contents, chosen[None, None, :, None], 3)[..., 0]
 
 
 class _Finished(NamedTuple):
@@ -163,49 +100,83 @@ class _Finished(NamedTuple):
     scores: tuple[Num[Array, "L k"], ...]
 
 
-def _refined(
-    contents: Int32[Array, "m c lanes"], items: _Items, strategy: Search, key: Key[Array, ""]
+def _search(
+    items: Items, num_packs: int, search: Search, key: Key[Array, ""]
+) -> Int32[Array, "m c L"]:
+    """The packing that the search finds for every layer."""
+    n, num_layers = items.weight.shape
+    draw_key, refine_key = jax.random.split(key)
+    drawn = _draw(search, draw_key, n)
+
+    def by_layer(x: Array, orders: Array) -> Array:
+        return x.reshape(*x.shape[:-1], *orders.shape[1:])
+
+    def finish(orders: Int32[Array, "n L k"]) -> _Finished:
+        of_lanes = items.repeat(orders.shape[2])
+        with jax.named_scope("start"):
+            start = search.construction(of_lanes, orders.reshape(n, -1), num_packs).contents
+        contents, scores = _refine(start, of_lanes, search, refine_key)
+        return jax.tree.map(lambda x: by_layer(x, orders), _Finished(contents, scores))
+
+    def score(drawn: _Drawn) -> tuple[Num[Array, "L k"], ...]:
+        orders = _orders(items.weight, drawn)
+        of_lanes = items.repeat(orders.shape[2])
+        with jax.named_scope("start"):
+            built = search.construction(of_lanes, orders.reshape(n, -1), num_packs)
+        return jax.tree.map(lambda x: by_layer(x, orders), search.objective(built.loads))
+
+    if search.keep < search.num_candidates:
+        scores = _in_blocks(score, drawn, num_layers)
+        kept = jax.vmap(lambda *x: best(x, search.keep))(*scores)
+        end = finish(_select(items.weight, drawn, kept))
+    else:
+        end = _in_blocks(lambda x: finish(_orders(items.weight, x)), drawn, num_layers)
+    if search.keep == 1:
+        return end.contents[..., 0]
+    chosen = jax.vmap(lambda *x: best(x, 1)[0])(*end.scores)
+    return along(end.contents, chosen[None, None, :, None], 3)[..., 0]
+
+
+def _refine(
+    contents: Int32[Array, "m c lanes"], items: Items, search: Search, key: Key[Array, ""]
 ) -> tuple[Int32[Array, "m c lanes"], tuple[Num[Array, " lanes"], ...]]:
     """The packing of every lane after the refinement, and its scores if several are compared."""
-    refinement, label = strategy.refinement, items.label
+    refinement = search.refinement
     if refinement is not None:
-        if not refinement.keeps_labels:
-            label = None
-        if label is not None:
-            contents = _uncrowded(contents, label)
+        if refinement.keeps_labels and items.label is not None:
+            contents = _distribute_if_crowded(contents, items.label)
+        visible = items if refinement.keeps_labels else items._replace(label=None)
         with jax.named_scope("exchanges"):
-            contents = refinement(contents, items.seen, key, label)
-    if strategy.keep == 1:
+            contents = refinement(contents, visible, key)
+    if search.keep == 1:
         return contents, ()
-    windows = items.seen.reshape(-1, *items.weight.shape)
-    scores = added_up(strategy.objective, windows, contents)
+    scores = score_windows(search.objective, items.windows, contents)
     if items.label is not None:
-        scores = (repeats_in(look_up(items.label, contents)), *scores)
+        scores = (count_duplicates(look_up(items.label, contents)), *scores)
     return contents, scores
 
 
-def added_up(
-    objective: Objective, seen: Float[Array, "T n K"], contents: Int32[Array, "m c K"]
+def score_windows(
+    objective: Objective, windows: Int32[Array, "T n K"], contents: Int32[Array, "m c K"]
 ) -> tuple[Num[Array, " K"], ...]:
-    """The objective of every packing, added up over windows."""
-    bits = LOAD_BITS - index_bits(len(seen)) if len(seen) > 1 else LOAD_BITS
-    units = fixed_point(seen, contents.shape[1], bits)
-    scores = [objective(loads_of(x, contents)) for x in units]
+    """The objective of every packing, summed over windows."""
+    bits = LOAD_BITS - index_bits(len(windows)) if len(windows) > 1 else LOAD_BITS
+    scores = [objective(loads_of(x, contents)) for x in with_bits(windows, bits)]
     return jax.tree.map(lambda *x: reduce(jnp.add, x), *scores)
 
 
-def _uncrowded(
+def _distribute_if_crowded(
     contents: Int32[Array, "m c K"], label: Int32[Array, "n K"]
 ) -> Int32[Array, "m c K"]:
-    """Packings with few repeats; in place of others, the items dealt out to the packs in turn.
+    """Packings with few duplicates; in place of others, the items assigned to packs in turn.
 
-    Items with one label have one weight and follow each other, so that dealing parts them. Where
-    most experts have replicas on most GPUs, exchanges could not part them all.
+    Items with one label have one weight and are consecutive, so that gives them distinct packs.
+    Where most experts have replicas on most GPUs, exchanges could not separate them all.
     """
     num_packs, capacity, _ = contents.shape
-    dealt = jnp.arange(num_packs * capacity, dtype=jnp.int32).reshape(capacity, num_packs).T
-    crowded = repeats_in(look_up(label, contents)) > num_packs // 4
-    return jnp.where(crowded, dealt[..., None], contents)
+    in_turn = jnp.arange(num_packs * capacity, dtype=jnp.int32).reshape(capacity, num_packs).T
+    crowded = count_duplicates(look_up(label, contents)) > num_packs // 4
+    return jnp.where(crowded, in_turn[..., None], contents)
 
 
 def _orders(weight: Float[Array, "n L"], drawn: _Drawn) -> Int32[Array, "n L K"]:
@@ -237,7 +208,7 @@ def _select(
 
 
 def _in_blocks(search: Callable[[_Drawn], _Found], drawn: _Drawn, num_layers: int) -> _Found:
-    """What `search` finds, candidates last and in their order, some of them at a time."""
+    """What `search` finds, candidates last and in their order, a block of them at a time."""
     n = len(drawn.fixed)
     block = max(1 << (BLOCK // max(n * num_layers, 1)).bit_length() >> 1, 8)
     whole = [x.shape[1] // block * block if x.shape[1] > block else 0 for x in drawn]

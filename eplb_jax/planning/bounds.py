@@ -8,57 +8,65 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from eplb_jax.checks import LoadLike, as_count, as_load, check_multiple
-from eplb_jax.packing.bounds import _bound_of_layer, _packing_bound
+from eplb_jax.checks import LoadLike, as_load, check_multiple
+from eplb_jax.packing.bounds import bound_of_layer, jitted_packing_bound
 from eplb_jax.planning.replication import replicate
 from eplb_jax.sharding import by_layers
+from eplb_jax.types import Topology, check_topology
 
 _HALVINGS = 20
+"""Bisection steps."""
 
 
 _A_LITTLE_LESS = 1 - 1e-6
-"""Rounding must not add a replica: the bound would be too high."""
+"""Factor of replica counts before they are rounded up, so that rounding errors add none."""
 
 
 class _Between(NamedTuple):
-    """The test fails below, and passes above."""
+    """The test of `plan_bound` fails below, and passes above."""
 
     below: Float[Array, ""]
     above: Float[Array, ""]
 
 
-def plan_bound(load: LoadLike, num_replicas: int, num_gpus: int) -> Float[Array, " L"]:
-    """A load that the heaviest GPU of no plan stays below, whatever replicas it gives to whom.
+def plan_bound(load: LoadLike, topology: Topology) -> Float[Array, "*L"]:
+    """A lower bound on the maximum GPU load of any plan, whatever its replica counts.
 
-    With spares it is the least T that passes this test. In a plan whose heaviest GPU carries T,
-    no replica is above T - f, where f is the least that the other c - 1 of its GPU can weigh. So
-    an expert of load w has at least ceil(w / (T - f)) replicas; there must be slots enough. The s
-    slots left over could all be its own, so that none of its replicas is below
-    w / (ceil(w / (T - f)) + s), and the `packing_bound` of such light replicas must not exceed T.
-    Such replicas for f = 0 say what f is. Without spares it is `packing_bound`.
+    With spare slots it is the least T that passes this test. In a plan of maximum load T, no
+    replica is above T - f, where f is the least load of the other c - 1 slots of its GPU. So an
+    expert of load w has at least ceil(w / (T - f)) replicas, and there must be enough slots. The s
+    slots left over could all be its own, so none of its replicas is below
+    w / (ceil(w / (T - f)) + s), and the `packing_bound` of such replicas must not exceed T. Such
+    replicas for f = 0 give f. Without spare slots it is `packing_bound`.
 
     Args:
-        load: [L, E] loads in any unit.
-        num_replicas: R, physical slots of a layer; a multiple of num_gpus, at least E.
-        num_gpus: G.
+        load: [E], [L, E] or [T, L, E] loads in any unit.
+        topology: GPUs and slots, at least E in total; nodes and groups are ignored.
 
     Returns:
-        The bound of every layer, in the unit of the load.
+        The bound of every layer (and window), in the unit of the load.
 
     Raises:
         TypeError: An argument is of the wrong kind.
-        ValueError: num_replicas is no such multiple, `load` is not [L, E], or a load is NaN,
+        ValueError: There are fewer slots than experts, `load` has another shape, or a load is NaN,
             infinite or negative.
 
     Example:
-        >>> plan_bound([[90, 30, 20, 10]], 6, 3).tolist()
+        >>> plan_bound([[90, 30, 20, 10]], Topology(3, slots=2)).tolist()
         [50.0]
     """
     array = as_load(load, "load")
-    num_replicas = as_count("num_replicas", num_replicas)
-    num_gpus = as_count("num_gpus", num_gpus)
-    check_multiple("num_replicas", num_replicas, "num_gpus", num_gpus, least=array.shape[1])
-    return _plan_bound(array, num_replicas=num_replicas, num_gpus=num_gpus)
+    check_topology(topology)
+    check_multiple(
+        "slots of the topology",
+        topology.num_replicas,
+        "num_gpus",
+        topology.num_gpus,
+        array.shape[-1],
+    )
+    rows = array.reshape(-1, array.shape[-1])
+    counts = {"num_replicas": topology.num_replicas, "num_gpus": topology.num_gpus}
+    return _plan_bound(rows, **counts).reshape(array.shape[:-1])
 
 
 @by_layers
@@ -67,7 +75,7 @@ def _plan_bound(
     load: Float[Array, "L E"], *, num_replicas: int, num_gpus: int
 ) -> Float[Array, " L"]:
     if num_replicas == load.shape[1]:
-        return _packing_bound(load, num_packs=num_gpus)
+        return jitted_packing_bound(load, num_packs=num_gpus)
     return jax.vmap(lambda x: _plan_bound_of_layer(x, num_replicas, num_gpus))(load)
 
 
@@ -78,8 +86,8 @@ def _plan_bound_of_layer(
     mean = jnp.sum(load) / num_gpus
     below = jnp.maximum(mean, jnp.max(load / counts.astype(load.dtype)))
 
-    def lightest(limit: Float[Array, ""]) -> tuple[Float[Array, " R"], Array]:
-        """Replicas lighter than those of any plan that has none above a limit; if there is one."""
+    def smallest_replicas(limit: Float[Array, ""]) -> tuple[Float[Array, " R"], Array]:
+        """Replicas no larger than in any plan with none above a limit, and whether there is one."""
         least = jnp.ceil(load / jnp.where(limit > 0, limit, jnp.inf) * _A_LITTLE_LESS)
         least = jnp.maximum(least, 1).astype(jnp.int32)
         over = num_replicas - jnp.sum(least, dtype=jnp.int32)
@@ -88,11 +96,11 @@ def _plan_bound_of_layer(
         spare = jnp.arange(num_replicas, dtype=jnp.int32) >= num_replicas - over
         return jnp.where(spare, jnp.min(share), replicas), (over >= 0) & (limit > 0)
 
-    def possible(heaviest: Float[Array, ""]) -> Array:
-        replicas, _ = lightest(heaviest)
+    def possible(maximum: Float[Array, ""]) -> Array:
+        replicas, _ = smallest_replicas(maximum)
         others = jnp.sum(jnp.sort(replicas)[: num_replicas // num_gpus - 1])
-        replicas, enough = lightest(heaviest - others)
-        return enough & (_bound_of_layer(replicas, num_gpus) <= heaviest)
+        replicas, enough = smallest_replicas(maximum - others)
+        return enough & (bound_of_layer(replicas, num_gpus) <= maximum)
 
     def halve(_: Array | int, between: _Between) -> _Between:
         middle = (between.below + between.above) / 2

@@ -88,7 +88,7 @@ def replicate(
     return Replication(phy2log.T, jnp.concatenate([jnp.zeros_like(once), rank]).T, logcnt.T)
 
 
-def listed(logcnt: Int32[Array, "L E"], num_phy: int) -> Replication:
+def list_replicas(logcnt: Int32[Array, "L E"], num_phy: int) -> Replication:
     """Replicas in these numbers, those of one expert next to each other."""
     first = jnp.cumsum(logcnt, axis=1, dtype=jnp.int32) - logcnt
     expert = jnp.arange(logcnt.shape[1], dtype=jnp.int32)

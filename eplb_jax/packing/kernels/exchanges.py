@@ -40,7 +40,7 @@ class InKernel(Exchanges):
     interpret: bool = False
 
     def improve(self, state: State, key: Key[Array, ""], *, labelled: bool) -> State:
-        """Exchange in all pairs, then lighten the heaviest pack."""
+        """Exchange in all pairs, then lighten the most loaded pack."""
         del key
         windows, capacity, packs = state.value.shape
         if packs < 2:
@@ -53,13 +53,13 @@ class InKernel(Exchanges):
         to = np.tile(np.arange(s.columns, dtype=np.int32), (max(self.pairs.rounds, 1), 1))
         to[: self.pairs.rounds, :packs] = np.argsort(schedule(packs, self.pairs.rounds), axis=1)
 
-        scratch = s.windows * s.rows * pairs, 2 * s.places * pairs, s.columns
+        scratch = s.windows * s.rows * pairs, 2 * s.positions * pairs, s.columns
         kernel = partial(_all_steps, s, self, labelled)
-        call = call_of(kernel, [s.places * s.columns, *scratch], self.interpret, warps=4)
+        call = call_of(kernel, [s.positions * s.columns, *scratch], self.interpret, warps=4)
         given = state.value.ravel(), state.label.ravel(), to.ravel(), first, last
-        place = call(*map(jnp.asarray, given))[0].reshape(s.places, s.columns)
+        position = call(*map(jnp.asarray, given))[0].reshape(s.positions, s.columns)
         flat = jax.tree.map(lambda x: x.reshape(*x.shape[:-2], -1), state)
-        return State(*(columns(x, place[:capacity, :packs]) for x in flat))
+        return State(*(columns(x, position[:capacity, :packs]) for x in flat))
 
 
 @dataclass(frozen=True)
@@ -76,13 +76,13 @@ class PortfolioInKernel(Portfolio):
 def _all_steps(sizes: Sizes, steps: InKernel, labelled: bool, *refs: Ref) -> None:
     """The kernel."""
     layer = Layer(sizes, labelled, steps.interpret, *refs)
-    place, pack = along_axis(0, sizes.places), along_axis(1, sizes.columns)
-    real = (place < sizes.capacity) & (pack < sizes.packs)
-    layer.put(place, pack, jnp.where(real, place * sizes.packs + pack, 0))
+    position, pack = along_axis(0, sizes.positions), along_axis(1, sizes.columns)
+    real = (position < sizes.capacity) & (pack < sizes.packs)
+    layer.put(position, pack, jnp.where(real, position * sizes.packs + pack, 0))
 
     def round_of(i: Array, _: None) -> None:
         layer.rank(i)
         loop(pl.cdiv(sizes.packs // 2, sizes.pairs), lambda k, _: layer.exchange(k), None)
 
     loop(steps.pairs.rounds, round_of, None)
-    loop(steps.peak.steps, layer.lighten, jnp.int32(-1))
+    loop(steps.peak.steps, layer.lower, jnp.int32(-1))
