@@ -50,10 +50,10 @@ def lane_by_lane(
 
 
 class _Greedy(NamedTuple):
-    """Carry of `greedy`."""
+    """Carry of `greedy`: the load and the number of items of every pack."""
 
     loads: Float[Array, "m *K"]
-    count: Int32[Array, "m *K"]
+    filled: Int32[Array, "m *K"]
 
 
 def greedy(items: Items, order: Int32[Array, "n *K"], num_packs: int) -> Constructed:
@@ -68,11 +68,11 @@ def greedy(items: Items, order: Int32[Array, "n *K"], num_packs: int) -> Constru
     n, *lanes = order.shape
 
     def place(carry: _Greedy, added: Float[Array, "*K"]) -> tuple[_Greedy, Int32[Array, "*K"]]:
-        room = jnp.where(carry.count < n // num_packs, carry.loads, jnp.inf)
+        room = jnp.where(carry.filled < n // num_packs, carry.loads, jnp.inf)
         pack = first_equal(room, jnp.min(room, axis=0))
         chosen = rows(num_packs, room) == pack
         loads = jnp.where(chosen, carry.loads + added, carry.loads)
-        return _Greedy(loads, carry.count + chosen.astype(jnp.int32)), pack
+        return _Greedy(loads, carry.filled + chosen.astype(jnp.int32)), pack
 
     start = _Greedy(
         jnp.zeros((num_packs, *lanes), jnp.float32), jnp.zeros((num_packs, *lanes), jnp.int32)

@@ -1,12 +1,12 @@
-"""What past windows say of the next: the loads to plan for, and how far they may be off.
+"""What to plan for, given past windows: the windows themselves, and a prediction of the next.
 
-A plan for the last window fits that window alone. Loads of one traffic move together, as topics
-come and go, and packs that are even in every past window stay even in what mixes them. So plans
-are made for the windows themselves, and for a prediction that weighs the more, the better it has
-foretold them: loads that drift on their own leave no window but the last worth fitting.
+A plan for the last window fits only that window. Loads of one traffic move together as topics come
+and go, and a plan that is balanced in every past window stays balanced in what mixes them. Where
+loads drift independently, only a prediction is worth fitting. So plans are made for the windows and
+a prediction, which is weighted by how well it has predicted the past ones.
 
-All in whole numbers, parts of a layer's total, so that the same windows give the same plan
-whatever the batch, the sharding and the backend.
+Computed in integers, in units of a layer's total load, so that the same windows give the same plan
+in every batch, sharding and backend.
 """
 
 from collections.abc import Callable
@@ -21,29 +21,31 @@ from jaxtyping import Array, Bool, Float, Int32
 from eplb_jax.arrays import along, fixed_point, ordered_sum, relative, sanitise
 
 MOST_WINDOWS = 16
-"""More are added up to so many stretches."""
+"""Longer histories are merged into this many windows."""
 
 _TOTAL = 1 << 23
-"""What a window of a layer adds up to; float32 holds it exactly."""
+"""The load of a layer and window, in the integer units used here; exact in float32."""
 
 _GAINS = (0, 64, 45, 32, 19, 10)
-"""Of exponentially weighted means, in 64ths; 0 stands for the plain mean."""
+"""Gains of the exponentially weighted means, in 64ths; 0 stands for the plain mean."""
 
 _TRUST = 4
-"""How many times the windows a prediction weighs that errs 1 / sqrt 2 of what the mean does."""
+"""Weight of a prediction, in windows per window, that errs 1 / sqrt(2) of what the mean does."""
 
 _MOST_TRUST = 8
+"""Maximum weight of a prediction, in windows per window."""
+
 _PARTS = 16
-"""Of which weights of the prediction are whole numbers."""
+"""Resolution of prediction weights: they are integers, in 16ths."""
 
 
 class Forecast(NamedTuple):
-    """What to plan for. Of several windows each adds up to 1, but one of zeros to 0.
+    """What to plan for. With several windows, each sums to 1, or to 0 if it is empty.
 
     Attributes:
-        load: The middle of what may come; of a single window, that window.
-        above: How far above it an expert was at most; less, the more the prediction weighs.
-        windows: The T windows and the prediction, each times the root of its weight.
+        load: The expected load: the weighted mean of windows and prediction, or the one window.
+        above: The peak of every expert over that, scaled down as the prediction gains weight.
+        windows: The T windows and the prediction, each times the square root of its weight.
     """
 
     load: Float[Array, "L E"]
@@ -51,12 +53,12 @@ class Forecast(NamedTuple):
     windows: Float[Array, "L T+1 E"] | None = None
 
     def map(self, change: Callable[[Array], Array]) -> "Forecast":
-        """The same change to all."""
+        """The same function of all fields."""
         return jax.tree.map(change, self)
 
 
 def forecast_of(weight: Float[Array, "*T L E"], *, summed: bool) -> Forecast:
-    """From one load, or from windows; `summed`: for the sum of them as it is, as DeepSeek plans."""
+    """The forecast from one load or from windows; `summed`: their plain sum, as DeepSeek plans."""
     windows = weight if weight.ndim == 3 else weight[None]
     if summed:
         return Forecast(sanitise(ordered_sum(windows, 0)))
@@ -67,14 +69,15 @@ def forecast_of(weight: Float[Array, "*T L E"], *, summed: bool) -> Forecast:
 
 
 def forecast(windows: Float[Array, "L T E"]) -> Forecast:
-    """Of windows that are `sanitise`, oldest first.
+    """The forecast from windows, oldest first.
 
     The prediction is an exponentially weighted mean whose gain, for each layer, would have
-    foretold the past windows best, absolute errors added up.
+    predicted the past windows with the least sum of absolute errors. With r the ratio of the plain
+    mean's error to that, its weight is min(_TRUST (r^2 - 1), _MOST_TRUST) windows per window.
     """
-    share, seen = _shares(windows)
-    count = jnp.sum(seen, axis=1, dtype=jnp.int32)
-    predicted, trust = _predicted(share, seen)
+    share, visible = _shares(windows)
+    count = jnp.sum(visible, axis=1, dtype=jnp.int32)
+    predicted, trust = _predict(share, visible)
     mean = jnp.sum(share, axis=1, dtype=jnp.int32) // jnp.maximum(count, 1)
     load = (_PARTS * mean + trust * predicted) // (_PARTS + trust)
     above = jnp.maximum(jnp.max(share, axis=1) - load, 0).astype(jnp.float32)
@@ -87,43 +90,52 @@ def forecast(windows: Float[Array, "L T E"]) -> Forecast:
 
 
 def _shares(windows: Float[Array, "L T E"]) -> tuple[Int32[Array, "L T E"], Bool[Array, "L T 1"]]:
-    """Every window in parts of `_TOTAL`, and whether it holds anything."""
+    """Every window in units of 1 / `_TOTAL` of its load, and whether it has any load."""
     num_experts = windows.shape[2]
     largest = jnp.max(windows, axis=2, keepdims=True)
-    seen = largest > 0
-    units = fixed_point(windows / jnp.where(seen, largest, 1), num_experts, 30)
+    visible = largest > 0
+    units = fixed_point(windows / jnp.where(visible, largest, 1), num_experts, 30)
     total = jnp.sum(units, axis=2, keepdims=True, dtype=jnp.int32).astype(jnp.float32)
-    share = units.astype(jnp.float32) / jnp.where(seen, total, 1) * _TOTAL
-    return share.astype(jnp.int32), seen
+    share = units.astype(jnp.float32) / jnp.where(visible, total, 1) * _TOTAL
+    return share.astype(jnp.int32), visible
 
 
-def _predicted(
-    share: Int32[Array, "L T E"], seen: Bool[Array, "L T 1"]
+class _Means(NamedTuple):
+    """Carry of `_predict`: the means of the windows so far, and their errors as predictions."""
+
+    plain: Int32[Array, "L E"]
+    weighted: Int32[Array, "gains L E"]
+    windows: Int32[Array, "L 1"]
+    error: Int32[Array, "gains+1 L"]
+
+
+def _predict(
+    share: Int32[Array, "L T E"], visible: Bool[Array, "L T 1"]
 ) -> tuple[Int32[Array, "L E"], Int32[Array, "L 1"]]:
-    """The prediction of each layer, and its weight in `_PARTS` of that of the windows."""
+    """The prediction of each layer, and its weight in 1 / `_PARTS` of that of the windows."""
     gains = jnp.asarray(_GAINS[1:], jnp.int32)[:, None, None]
 
-    def step(carry: tuple[Array, ...], window: tuple[Array, Array]) -> tuple[tuple, None]:
-        mean, means, count, error = carry
-        new, there = window
-        missed = [jnp.sum(jnp.abs(new - x), axis=-1, dtype=jnp.int32) for x in (mean, means)]
+    def step(means: _Means, window: tuple[Array, Array]) -> tuple[_Means, None]:
+        new, present = window
+        missed = [jnp.sum(jnp.abs(new - x), axis=-1, dtype=jnp.int32) for x in means[:2]]
         missed = jnp.concatenate([missed[0][None], missed[1]]) // MOST_WINDOWS
-        # The first error is that of the first window, whatever the gain.
-        error += jnp.where((there & (count > 1))[:, 0], missed, 0)
-        count += there.astype(jnp.int32)
-        mean += jnp.where(there, (new - mean) // jnp.maximum(count, 1), 0)
-        change = jnp.where(count > 1, ((new - means) >> 6) * gains, new - means)
-        means += jnp.where(there, change, 0)
-        return (mean, means, count, error), None
+        # Before the second window all gains err alike.
+        error = means.error + jnp.where((present & (means.windows > 1))[:, 0], missed, 0)
+        count = means.windows + present.astype(jnp.int32)
+        plain = jnp.where(present, (new - means.plain) // jnp.maximum(count, 1), 0)
+        change = ((new - means.weighted) >> 6) * gains
+        change = jnp.where(count > 1, change, new - means.weighted)
+        weighted = means.weighted + jnp.where(present, change, 0)
+        return _Means(means.plain + plain, weighted, count, error), None
 
     first = share[:, 0]
-    start = (
+    start = _Means(
         first,
         jnp.broadcast_to(first, (len(gains), *first.shape)),
-        seen[:, 0].astype(jnp.int32),
+        visible[:, 0].astype(jnp.int32),
         jnp.zeros((len(_GAINS), share.shape[0]), jnp.int32),
     )
-    rest = jnp.moveaxis(share[:, 1:], 1, 0), jnp.moveaxis(seen[:, 1:], 1, 0)
+    rest = jnp.moveaxis(share[:, 1:], 1, 0), jnp.moveaxis(visible[:, 1:], 1, 0)
     (mean, means, _, error), _ = lax.scan(step, start, rest)
     state = jnp.concatenate([mean[None], means])
     best = jnp.argmin(error, axis=0).astype(jnp.int32)
@@ -136,7 +148,7 @@ def _predicted(
 
 
 def merge_windows(windows: np.ndarray | jax.Array) -> np.ndarray | jax.Array:
-    """At most `MOST_WINDOWS` windows [T, L, E]: of more, consecutive ones are added up."""
+    """At most `MOST_WINDOWS` windows [T, L, E]: of more, consecutive ones are summed."""
     count = len(windows)
     if windows.ndim == 2 or count <= MOST_WINDOWS:
         return windows
@@ -144,14 +156,13 @@ def merge_windows(windows: np.ndarray | jax.Array) -> np.ndarray | jax.Array:
     if isinstance(windows, np.ndarray):
         with np.errstate(over="ignore"):
             return np.add.reduceat(windows, starts)
-    return _merge(
-        windows, jnp.asarray(np.repeat(np.arange(MOST_WINDOWS), np.diff([*starts, count])))
-    )
+    into = np.searchsorted(starts, np.arange(count), side="right") - 1
+    return _merge(windows, jnp.asarray(into))
 
 
 @jax.jit
 def _merge(windows: Float[Array, "T L E"], into: Int32[Array, " T"]) -> Float[Array, "w L E"]:
-    """Windows added up in their order, each into the one of its number."""
+    """Sums of windows in their order, each into the one of its number."""
 
     def add(sums: Array, window: tuple[Array, Array]) -> tuple[Array, None]:
         load, number = window

@@ -5,6 +5,7 @@ from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int32, Key
 
 from eplb_jax.arrays import along, ordered_sum
@@ -215,7 +216,7 @@ def _of_one_layer(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _plan_replicas(
-    load: Array,
+    load: Array | np.ndarray,
     topology: Topology,
     name: str,
     *,

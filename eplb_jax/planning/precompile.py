@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -64,16 +66,12 @@ class CompiledPlan:
             )
         arguments = [jax.device_put(array, self.sharding)]
         if previous is not None:
-            old, expected = as_placement(previous, "previous", self.shape[-1]), self._placement()
-            for x, y in zip(old, expected, strict=True):
-                if x.shape != y.shape:
-                    raise ValueError(f"previous must have maps of {y.shape}, got {x.shape}")
+            old = as_placement(previous, "previous", self.shape[-1])
+            for x, y in zip(old, _shapes(self.shape, self.topology), strict=True):
+                if x.shape != y:
+                    raise ValueError(f"previous must have maps of the shape {y}, got {x.shape}")
             arguments.append(jax.device_put(old, _by_layer(self.sharding)))
         return self.executable(*arguments)
-
-    def _placement(self) -> Placement:
-        """What a plan in place looks like."""
-        return _abstract_placement(self.shape, self.topology, self.sharding)
 
 
 def precompile(
@@ -127,9 +125,10 @@ def precompile(
     def make(load: Array, old: Placement | None = None) -> Placement:
         return plan(load, topology, **options, previous=old, **limits)
 
-    arguments: list[object] = [jax.ShapeDtypeStruct(axes, jnp.float32, sharding=sharding)]
+    arguments: list[Any] = [jax.ShapeDtypeStruct(axes, jnp.float32, sharding=sharding)]
     if with_previous:
-        arguments.append(_abstract_placement(axes, topology, sharding))
+        place = partial(jax.ShapeDtypeStruct, dtype=jnp.int32, sharding=_by_layer(sharding))
+        arguments.append(Placement(*(place(x) for x in _shapes(axes, topology))))  # pyright: ignore
     executable = jax.jit(make).lower(*arguments).compile()
     return CompiledPlan(axes, topology, with_previous, executable, sharding)
 
@@ -142,11 +141,8 @@ def _by_layer(sharding: jax.sharding.Sharding | None) -> jax.sharding.Sharding |
     return jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec(*layers))
 
 
-def _abstract_placement(
-    shape: Sequence[int], topology: Topology, sharding: jax.sharding.Sharding | None
-) -> Placement:
-    num_layers, num_experts = shape[-2:]
-    num_slots, placed = topology.num_replicas, _by_layer(sharding)
+def _shapes(axes: Sequence[int], topology: Topology) -> tuple[tuple[int, ...], ...]:
+    """The shapes of the maps of a plan for loads of the shape `axes`."""
+    (num_layers, num_experts), num_slots = axes[-2:], topology.num_replicas
     most = num_slots - num_experts + 1
-    shapes = (num_layers, num_slots), (num_layers, num_experts, most), (num_layers, num_experts)
-    return Placement(*(jax.ShapeDtypeStruct(x, jnp.int32, sharding=placed) for x in shapes))
+    return (num_layers, num_slots), (num_layers, num_experts, most), (num_layers, num_experts)

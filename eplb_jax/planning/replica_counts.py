@@ -1,17 +1,18 @@
-"""Counts of replicas chosen with the packing in view: for GPUs of two or three slots.
+"""Replica counts chosen together with the packing: for GPUs of two or three slots.
 
-With more slots a GPU, packing evens out whatever counts the greedy gives. With two, counts decide
-alone: the best packing is the fold, heaviest with lightest, and an even fold wants replicas that
-mirror each other about half the load of a GPU. Greedy counts do not look at that.
+With more slots a GPU, packing balances whatever counts the greedy gives. With two, only the counts
+matter: the best packing is the fold, largest with smallest, and a balanced fold needs replicas
+that mirror each other about half the load of a GPU. Greedy counts ignore that.
 
-With two slots, T is the load of some plan's heaviest GPU exactly if for every v above T / 2 there
+With two slots, T is the maximum GPU load of some plan if and only if for every v above T / 2 there
 are no more replicas of at least v than of at most T - v, their partners (Hall's condition). So an
 expert of load w with k replicas adds k to the excess at every v <= w / k, or takes k from it at
 every v <= T - w / k, and counts serve T if no excess is above zero. As that is a sum over experts,
-what a change of one count does to all excesses is known without packing or sorting anything.
+the effect of one changed count on all excesses is known without packing or sorting anything.
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -25,35 +26,35 @@ from eplb_jax.planning.replication import replicate
 
 _BITS = 30
 _LEVELS = 128
-"""Of v, between T / 2 and T."""
+"""Number of levels v between T / 2 and T."""
 
 _ALL = 64
-"""A step looks at all of fewer experts."""
+"""Below this many experts a step considers all of them."""
 
 _DEPTHS = (1, 2, 3)
-"""How many counts rise and how many fall in one move."""
+"""How many counts a move increases, and how many it decreases."""
 
 _HEAVY = 1 << 20
-"""The cost of a replica above T: more than any sum of excesses."""
+"""Cost of a replica above T: more than any sum of excesses."""
 
 _NEVER = 1 << 30
 
 _OFFSETS = (0.0, 0.1, 0.5, 0.25, 2.0)
-"""Added to counts before a load is divided by them; 0 is the greedy."""
+"""Offsets of counts before loads are divided by them; 0 is the greedy."""
 
 
 @dataclass(frozen=True)
-class JointCounts:
-    """How to search for counts of replicas.
+class CountSearch:
+    """How to search for replica counts.
 
     With two slots a GPU: walks of `moves` moves from the greedy counts, one for each of `targets`
     loads T from the lower bound up to what the greedy counts reach. A move takes 1, 2 or 3 replicas
-    from experts and gives as many to others, or the other way round, each where the excesses above
-    zero then add up to least. Of the counts that come nearest to a target, those that fold best
-    are taken.
+    from experts and gives as many to others, or the reverse, each so that the sum of positive
+    excesses becomes least. Of the counts that come closest to a target, the ones with the best fold
+    are used.
 
-    With three: spares go to the expert of most load w / (k + d), k its count so far, for the first
-    `divisors` of several d, and the counts that pack best are taken.
+    With three: spares go to the largest load w / (k + d), k the count so far, for the first
+    `divisors` of several d, and the counts with the best packing are used.
 
     References:
         P. Hall, "On representatives of subsets", Journal of the London Mathematical Society 10,
@@ -73,16 +74,17 @@ class JointCounts:
         offsets = _OFFSETS[: self.divisors if capacity == 3 else 1]
         counts = [replicate(load, num_replicas, most, d).logcnt for d in offsets]
         if capacity == 2:
-            fold = lambda load, counts: _for_pairs(load, counts, num_gpus, self)  # noqa: E731
-            counts = [jax.vmap(fold)(load, counts[0])]
+            counts = [
+                jax.vmap(partial(_for_pairs, num_gpus=num_gpus, search=self))(load, counts[0])
+            ]
         return jnp.stack(counts, axis=1)
 
 
 class _Walk(NamedTuple):
-    """The counts of all experts, and the excess at every level that they cause.
+    """Carry of `_walk`: the counts of all experts, and the excess at every level.
 
-    ``touched`` are the experts that the move has changed so far; ``best`` the counts that came
-    nearest to the target at the end of a move, and ``cost`` how near.
+    ``touched`` are the experts that the move has changed so far; ``best`` the counts with the least
+    sum of positive excesses at the end of a move, and ``cost`` that sum.
     """
 
     counts: Int32[Array, " E"]
@@ -93,7 +95,7 @@ class _Walk(NamedTuple):
 
 
 def _for_pairs(
-    load: Float[Array, " E"], greedy: Int32[Array, " E"], num_gpus: int, search: JointCounts
+    load: Float[Array, " E"], greedy: Int32[Array, " E"], num_gpus: int, search: CountSearch
 ) -> Int32[Array, " E"]:
     """Counts for two slots a GPU, no worse than the greedy ones; none above `num_gpus`."""
     order = jnp.argsort(-load, stable=True).astype(jnp.int32)
@@ -102,49 +104,49 @@ def _for_pairs(
     mean = jnp.sum(units, dtype=jnp.int32).astype(load.dtype) / num_gpus
     units = units.astype(load.dtype)
     least = jnp.maximum(mean, jnp.max(units / greedy.astype(load.dtype)))
-    apart = (_folded(units, greedy, num_gpus) - least) / search.targets
+    apart = (_fold(units, greedy, num_gpus) - least) / search.targets
     targets = least + unfused(apart * jnp.arange(search.targets, dtype=load.dtype))
+    targets = jnp.maximum(targets, 1)
 
-    walk = lambda target: _walk(units, greedy, target, num_gpus, search.moves)  # noqa: E731
-    found = jnp.concatenate([greedy[None], jax.vmap(walk)(jnp.maximum(targets, 1))])
-    heaviest = jax.vmap(lambda counts: _folded(units, counts, num_gpus))(found)
-    best = found[first_equal(heaviest, jnp.min(heaviest))]
+    walk = partial(_walk, units, greedy, most=num_gpus, moves=search.moves)
+    found = jnp.concatenate([greedy[None], jax.vmap(lambda x: walk(target=x))(targets)])
+    largest = jax.vmap(lambda counts: _fold(units, counts, num_gpus))(found)
+    best = found[first_equal(largest, jnp.min(largest))]
     return jnp.zeros_like(best).at[order].set(best)
 
 
-def _folded(
-    load: Float[Array, " E"], counts: Int32[Array, " E"], num_gpus: int
-) -> Float[Array, ""]:
-    """The heaviest pair when the heaviest replica goes with the lightest, and so on.
+def _fold(load: Float[Array, " E"], counts: Int32[Array, " E"], num_gpus: int) -> Float[Array, ""]:
+    """The maximum load of a pair if the largest replica goes with the smallest, and so on.
 
-    Where that pairs replicas of one expert, which are those in the middle, they change places with
-    the next pairs that do not hold it.
+    Where that pairs replicas of one expert, which are in the middle of the order, they are
+    exchanged with the next pairs that do not hold it.
     """
     share = load / counts.astype(load.dtype)
-    falling = -jnp.sort(-jnp.repeat(share, counts, total_repeat_length=2 * num_gpus))
-    heavy, light = falling[:num_gpus], falling[num_gpus:]
-    middle = heavy[-1]
-    before, after = (jnp.sum(x == middle, dtype=jnp.int32) for x in (heavy, light))
+    descending = -jnp.sort(-jnp.repeat(share, counts, total_repeat_length=2 * num_gpus))
+    large, small = descending[:num_gpus], descending[num_gpus:]
+    middle = large[-1]
+    before, after = (jnp.sum(x == middle, dtype=jnp.int32) for x in (large, small))
     alike = jnp.minimum(before, after)
-    partner = heavy[jnp.maximum(num_gpus - jnp.maximum(before, after) - alike, 0)]
-    return jnp.maximum(jnp.max(heavy + light[::-1]), jnp.where(alike > 0, middle + partner, 0))
+    partner = large[jnp.maximum(num_gpus - jnp.maximum(before, after) - alike, 0)]
+    return jnp.maximum(jnp.max(large + small[::-1]), jnp.where(alike > 0, middle + partner, 0))
 
 
 def _walk(
     load: Float[Array, " E"],
     counts: Int32[Array, " E"],
+    *,
     target: Float[Array, ""],
     most: int,
     moves: int,
 ) -> Int32[Array, " E"]:
-    """The counts nearest to the target on a walk."""
+    """The counts of a walk that come closest to the target load of a GPU."""
     scaled = load * (2 * _LEVELS / target)  # what 2 w / T is, in levels
     level = jnp.arange(_LEVELS, dtype=jnp.int32)
     change, last = (jnp.asarray(x) for x in _moves(moves))
     parts = jnp.asarray(_parts(load.shape[0]))
 
     def position(scaled: Array, counts: Array) -> Array:
-        """Of a replica: above zero the levels below it, else less the levels it can go with."""
+        """Of a replica: the number of levels below it, or minus that of levels it can pair with."""
         share = jnp.floor(scaled / jnp.maximum(counts, 1).astype(load.dtype))
         return jnp.clip(share, 0, 2 * _LEVELS + 1).astype(jnp.int32) - _LEVELS
 
@@ -162,8 +164,8 @@ def _walk(
         here, there = position(load_of, new), position(load_of, old)
         cost = total(walk.excess + excess(here, new) - excess(there, old))
         cost += jnp.where(here > _LEVELS, _HEAVY, 0)
-        barred = walk.touched[part] | (new < 1) | (new > most)
-        cost = jnp.where(barred, _NEVER, cost)
+        invalid = walk.touched[part] | (new < 1) | (new > most)
+        cost = jnp.where(invalid, _NEVER, cost)
         least = jnp.min(cost)
         one = first_equal(cost, least)
 
@@ -187,7 +189,7 @@ def _walk(
 
 
 def _parts(num_experts: int) -> np.ndarray:
-    """The experts, by falling load, that a step looks at: the hottest, and every third other."""
+    """Experts, by descending load, that a step considers: the largest, and every third other."""
     if num_experts < _ALL:
         return np.arange(num_experts, dtype=np.int32)[None]
     hot = num_experts // 8
@@ -197,7 +199,7 @@ def _parts(num_experts: int) -> np.ndarray:
 
 
 def _moves(count: int) -> tuple[np.ndarray, np.ndarray]:
-    """By how much every step changes a count, and which steps are the last of a move."""
+    """The change of a count in every step, and which steps are the last of a move."""
     change, last = [], []
     for move in range(count):
         depth = _DEPTHS[move % len(_DEPTHS)]

@@ -8,25 +8,25 @@ from jax import lax
 from jaxtyping import Array, Float, Int32
 
 from eplb_jax.arrays import along, first_equal, sanitise, unfused
-from eplb_jax.checks import LoadLike, as_count, as_load, check_multiple
+from eplb_jax.checks import LoadLike, as_count, as_load
 from eplb_jax.sharding import by_layers
 from eplb_jax.types import Replication
 
 
 def replicate_experts(weight: LoadLike, num_phy: int) -> Replication:
-    """Give the spare replicas of every layer, one by one, to the expert of most load per replica.
+    """The number of replicas of every expert: each spare goes to the largest load per replica.
 
-    This minimises the largest load of a replica. Ties go to the lowest expert. A layer
-    without any load counts as one of equal loads, so that its spares go to distinct experts.
+    This minimises the maximum load of a replica. Ties go to the lowest expert. A layer without
+    load counts as one of equal loads, so its spares go to distinct experts.
 
     Args:
         weight: [L, E] loads in any unit; anything `jnp.asarray` takes.
-        num_phy: R, how many replicas a layer has in all; at least E.
+        num_phy: R, the replicas of a layer in total; at least E.
 
     Returns:
-        The expert of every replica and the replica's rank among those of its expert, each int32
-        [L, R]: first every expert once, then the spares as they were given; and the number of
-        replicas of every expert, int32 [L, E].
+        The expert of every replica and its rank among the replicas of its expert, each int32
+        [L, R]: every expert once, then the spares in the order in which they were assigned; and
+        the number of replicas of every expert, int32 [L, E].
 
     Raises:
         TypeError: An argument is of the wrong kind.
@@ -43,9 +43,7 @@ def replicate_experts(weight: LoadLike, num_phy: int) -> Replication:
         D'Hondt's apportionment (V. D'Hondt, 1882).
     """
     load = as_load(weight, "weight", ("layer", "expert"), least_axes=2)
-    num_phy = as_count("num_phy", num_phy)
-    check_multiple("num_phy", num_phy, "1", 1, least=load.shape[1])
-    return _replicate_experts(load, num_phy=num_phy)
+    return _replicate_experts(load, num_phy=as_count("num_phy", num_phy, least=load.shape[1]))
 
 
 @by_layers
@@ -59,12 +57,15 @@ def _replicate_experts(weight: Float[Array, "L E"], *, num_phy: int) -> Replicat
 def replicate(
     load: Float[Array, "L E"], num_phy: int, most: int | None = None, offset: float = 0
 ) -> Replication:
-    """`replicate_experts` as DeepSeek has it: the spares of a layer without load to expert 0.
-
-    With `most`, which must leave room for all, no expert gets more replicas than that. `offset` is
-    added to counts before loads are divided by them.
+    """`replicate_experts` as DeepSeek has it: the spares of a layer without load go to expert 0.
 
     One spare a step, O(E) each: on a CPU several times faster than sorting all quotients.
+
+    Args:
+        load: Loads, nonnegative.
+        num_phy: R.
+        most: Maximum number of replicas of an expert, with room for all of them; None: no limit.
+        offset: Added to counts before loads are divided by them.
     """
     num_experts = load.shape[1]
 
@@ -89,30 +90,34 @@ def replicate(
 
 
 def list_replicas(logcnt: Int32[Array, "L E"], num_phy: int) -> Replication:
-    """Replicas in these numbers, those of one expert next to each other."""
+    """Replicas from their counts, those of one expert consecutive."""
     first = jnp.cumsum(logcnt, axis=1, dtype=jnp.int32) - logcnt
     expert = jnp.arange(logcnt.shape[1], dtype=jnp.int32)
     slot = jnp.arange(num_phy, dtype=jnp.int32)
-    repeat = lambda counts: jnp.repeat(expert, counts, total_repeat_length=num_phy)  # noqa: E731
-    phy2log = jax.vmap(repeat)(logcnt)
+    phy2log = jax.vmap(lambda x: jnp.repeat(expert, x, total_repeat_length=num_phy))(logcnt)
     return Replication(phy2log, slot - along(first, phy2log, 1), logcnt)
 
 
 _MARGINS = (0.5, 1.0, 0.75, 1.5)
-"""Shares of how far the loads of an expert rose above the middle."""
-
+"""Shares of an expert's peak over its mean that are added to its load."""
 
 _FEW = 128
-"""Replicas."""
+"""Number of slots up to which all margins are tried."""
 
 
 def counts_over_windows(
     load: Float[Array, "L E"], above: Float[Array, "L E"], num_replicas: int, most: int | None
 ) -> Int32[Array, "L k E"]:
-    """Counts to choose from by packing them over windows.
+    """Replica counts to choose from by packing them over windows.
 
-    The greedy ones for a share of what every expert rose `above` the middle: a replica that is
-    late costs more than one that idles. Small layers have the time to try several shares.
+    Each are the greedy counts for the mean load plus a share of the peak over it: a missing replica
+    costs more than an idle one.
+
+    Args:
+        load: Mean load of every expert.
+        above: Its peak over windows less that mean.
+        num_replicas: R.
+        most: Maximum number of replicas of an expert; None: no limit.
     """
     margins = _MARGINS if num_replicas <= _FEW else _MARGINS[:1]
     counts = [replicate(load + unfused(k * above), num_replicas, most).logcnt for k in margins]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from eplb_jax.packing.searches import SEARCHES, Search, resolve_search
-from eplb_jax.planning.replica_counts import JointCounts
+from eplb_jax.planning.replica_counts import CountSearch
 
 
 @dataclass(frozen=True)
@@ -18,17 +18,17 @@ class Strategy(Search):
             None: as `eplb_jax.replicate_experts`, whatever the packing.
     """
 
-    counts: JointCounts | None = None
+    counts: CountSearch | None = None
 
 
 _COUNTS = {
-    "auto": JointCounts(targets=8, moves=12, divisors=3),
-    "fast": JointCounts(targets=4, moves=6, divisors=1),
-    "best": JointCounts(targets=16, moves=24, divisors=5),
+    "auto": CountSearch(targets=8, moves=12, divisors=3),
+    "fast": CountSearch(targets=4, moves=6, divisors=1),
+    "best": CountSearch(targets=16, moves=24, divisors=5),
 }
 
 
-def _with_counts(search: Search, counts: JointCounts | None) -> Strategy:
+def _with_counts(search: Search, counts: CountSearch | None) -> Strategy:
     fields = {x.name: getattr(search, x.name) for x in dataclasses.fields(Search)}
     return Strategy(**fields, counts=counts)
 

@@ -14,7 +14,16 @@ import numpy as np
 import eplb_jax
 
 FILE = Path(__file__).with_suffix(".json")
-SEEDS = "greedy_swap ensemble_greedy restarts lns reconstruct ensemble two_swap pruned".split()
+SEEDS = [
+    "greedy_swap",
+    "ensemble_greedy",
+    "restarts",
+    "lns",
+    "reconstruct",
+    "ensemble",
+    "two_swap",
+    "pruned",
+]
 PENALTY = "price" if eplb_jax.__doc__ and not hasattr(eplb_jax, "plan") else "move_penalty"
 
 

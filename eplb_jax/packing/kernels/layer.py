@@ -136,7 +136,7 @@ class Layer(NamedTuple):
         return [_add(jnp.where(real, x, 0), 0) for x in self.values(item)]
 
     def chosen(self, load: list[Array], window: Array) -> Array:
-        """The loads of packs in one window, or their sum over windows where there is no such window."""
+        """The loads of packs in one window; their sum over windows if there is no such window."""
         visible = reduce(jnp.add, load)
         for t, x in enumerate(load):
             visible = jnp.where(window == t, x, visible)

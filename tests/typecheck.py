@@ -1,0 +1,37 @@
+"""The type checker of the tests: beartype, for all functions but the public ones.
+
+Public functions take anything, and raise errors of their own where it does not fit.
+"""
+
+import ast
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+from beartype import BeartypeConf, beartype
+
+F = TypeVar("F", bound=Callable)
+ROOT = Path(__file__).parent.parent / "eplb_jax"
+
+
+def _public() -> set[tuple[str, str]]:
+    """Module and name of what the public `__init__` files import."""
+    names = set()
+    for init in (ROOT / "__init__.py", ROOT / "runtime/__init__.py"):
+        for node in ast.walk(ast.parse(init.read_text())):
+            if isinstance(node, ast.ImportFrom):
+                names |= {(node.module, alias.name) for alias in node.names}
+    return names
+
+
+PUBLIC = _public()
+MODULES = ("eplb_jax.evaluation.", "eplb_jax.checks", "eplb_jax.cli.")
+_checked = beartype(conf=BeartypeConf(is_pep484_tower=True))
+
+
+def check(function: F) -> F:
+    """The function with checks of its arguments, unless it is public."""
+    module, name = getattr(function, "__module__", ""), getattr(function, "__qualname__", "")
+    if (module, name.split(".")[0]) in PUBLIC or module.startswith(MODULES):
+        return function
+    return _checked(function)
