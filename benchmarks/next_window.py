@@ -1,13 +1,13 @@
-"""How even plans are on the window after those they were made from, and what they move.
+"""Balance of plans in the window after those they were made from, and the moves they need.
 
     pip install '.[cli]'
     python benchmarks/next_window.py            # tables: two minutes
-    python benchmarks/next_window.py --plot     # and the picture of imbalance against max_moves
+    python benchmarks/next_window.py --plot     # also the picture of imbalance against max_moves
 
-Eight past windows a plan, one plan a window; the mean over layers and windows of heaviest / mean
-GPU - 1. Measured traces are the bundled ones, those of DeepSeek-V2-Lite also in random order;
-synthetic ones come from `eplb_jax.traces`, where the last window, the mean and exponentially
-weighted means of the windows are each packed as well as `auto` packs a single load.
+One plan per window from the eight windows before; the mean over layers and windows of max / mean
+GPU load - 1. Measured traces are the bundled ones, the one of DeepSeek-V2-Lite also in random
+order; synthetic ones come from `eplb_jax.traces`. There `auto` also plans for the last window
+alone, the mean of the windows and exponentially weighted means.
 """
 
 import argparse
@@ -18,7 +18,8 @@ from rich.console import Console
 from rich.table import Table
 
 import eplb_jax
-from eplb_jax.evaluation.replay import Plan, all_windows, last_window, replay
+from eplb_jax import Topology, plan_from_last_window, plan_from_windows, replay
+from eplb_jax.evaluation.replay import Planner
 
 MEASURED = [
     ("gpt_oss_20b", False, 40, 8),
@@ -48,8 +49,8 @@ def measured(name: str, shuffled: bool) -> np.ndarray:
     return trace[np.random.default_rng(0).permutation(len(trace))] if shuffled else trace
 
 
-def weighted(*counts: int, gain: float | None) -> Plan:
-    """`auto` for a mean of the windows, exponentially weighted with this gain, or plain."""
+def plan_from_mean(topology: Topology, gain: float | None) -> Planner:
+    """`auto` for a mean of the windows: exponentially weighted with this gain, or plain."""
 
     def plan(past: np.ndarray, placed: eplb_jax.Placement | None) -> eplb_jax.Placement:
         del placed
@@ -57,14 +58,14 @@ def weighted(*counts: int, gain: float | None) -> Plan:
         age = np.arange(len(past))[::-1]
         weight = np.ones(len(past)) if gain is None else (1 - gain) ** age
         mean = np.tensordot(weight, share, axes=1)
-        return eplb_jax.rebalance_experts(mean, *counts)
+        return eplb_jax.plan(mean, topology)
 
     return plan
 
 
-def percent(trace: np.ndarray, plan: Plan, num_gpus: int) -> tuple[float, float, float]:
-    """Imbalance in %, slots fetched from other GPUs in %, and milliseconds of a plan."""
-    result = replay(trace, plan, num_gpus=num_gpus)
+def measure(trace: np.ndarray, planner: Planner, topology: Topology) -> tuple[float, float, float]:
+    """Imbalance in %, moves per layer and plan, and milliseconds of a plan."""
+    result = replay(trace, planner, topology)
     slots = result.moves.mean() if result.moves.size else 0.0
     return 100 * result.imbalance.mean(), slots, 1e3 * float(np.median(result.seconds))
 
@@ -75,35 +76,34 @@ def table_of_measured(strategy: str) -> Table:
     for header in ["trace", "slots / GPUs", *headers]:
         table.add_column(header, justify="left" if header == "trace" else "right")
     for name, shuffled, slots, gpus in MEASURED:
-        trace, counts = measured(name, shuffled), (slots, 1, 1, gpus)
+        trace, topology = measured(name, shuffled), Topology(gpus, slots // gpus)
         row = [f"{name}{', shuffled' * shuffled}", f"{slots} / {gpus}"]
-        for plan in (
-            last_window(*counts),
-            all_windows(*counts, strategy=strategy),
-            all_windows(*counts, strategy=strategy, max_moves=slots // 4),
+        for planner in (
+            plan_from_last_window(topology),
+            plan_from_windows(topology, strategy=strategy),
+            plan_from_windows(topology, strategy=strategy, max_moves=slots // 4),
         ):
-            imbalance, moved, ms = percent(trace, plan, gpus)
+            imbalance, moved, ms = measure(trace, planner, topology)
             row += [f"{imbalance:.2f}", f"{100 * moved / slots:.0f} %", f"{ms:.1f}"]
         table.add_row(*row[:4], *row[5:])
     return table
 
 
-def table_of_synthetic(strategy: str, shape: tuple[int, int], slots: int, gpus: int) -> Table:
+def table_of_synthetic(strategy: str, shape: tuple[int, int], topology: Topology) -> Table:
+    slots, gpus = topology.num_replicas, topology.num_gpus
     title = f"synthetic, {shape[0]} layers x {shape[1]} experts, {slots} slots on {gpus} GPUs"
     table = Table(title=title, title_justify="left")
     for header in ["trace", "deepseek", "last", "mean", "best EWMA", strategy, "of the best"]:
         table.add_column(header, justify="left" if header == "trace" else "right")
-    counts = slots, 1, 1, gpus
     for label, kind, options in SYNTHETIC:
         trace = eplb_jax.traces.generate(kind, 24, *shape, seed=1, **options)
         values = [
-            percent(trace, plan, gpus)[0]
-            for plan in (
-                last_window(*counts),
-                last_window(*counts, strategy="auto"),
-                weighted(*counts, gain=None),
-                *(weighted(*counts, gain=gain) for gain in GAINS),
-                all_windows(*counts, strategy=strategy, keep=False),
+            measure(trace, planner, topology)[0]
+            for planner in (
+                plan_from_last_window(topology),
+                plan_from_last_window(topology, strategy="auto"),
+                *(plan_from_mean(topology, gain) for gain in (None, *GAINS)),
+                plan_from_windows(topology, strategy=strategy, keep=False),
             )
         ]
         shown = [*values[:3], min(values[3:-1]), values[-1]]
@@ -129,14 +129,16 @@ def draw(strategy: str) -> None:
     with mpl.rc_context({"axes.spines.top": False, "axes.spines.right": False}):
         figure = Figure(figsize=(12, 3.8), layout="constrained")
         for axes, (title, trace, slots, gpus) in zip(figure.subplots(1, 3), cases, strict=True):
-            counts = slots, 1, 1, gpus
+            topology = Topology(gpus, slots // gpus)
             limits = [round(slots * x) for x in (0, 0.01, 0.03, 0.06, 0.1, 0.15, 0.25, 0.4, 0.6)]
             curve = [
-                percent(trace, all_windows(*counts, strategy=strategy, max_moves=x), gpus)
+                measure(
+                    trace, plan_from_windows(topology, strategy=strategy, max_moves=x), topology
+                )
                 for x in limits
             ]
-            free = percent(trace, all_windows(*counts, strategy=strategy), gpus)
-            greedy = percent(trace, last_window(*counts), gpus)
+            free = measure(trace, plan_from_windows(topology, strategy=strategy), topology)
+            greedy = measure(trace, plan_from_last_window(topology), topology)
             moved = [100 * x / slots for _, x, _ in curve]
             axes.plot(moved, [x for x, _, _ in curve], "o-", color="#1f77b4", label="max_moves")
             for (imbalance, x, _), label, color in (
@@ -144,7 +146,7 @@ def draw(strategy: str) -> None:
                 (greedy, "DeepSeek, last window", "#d62728"),
             ):
                 axes.plot(100 * x / slots, imbalance, "s", color=color, label=label)
-            axes.set(title=title, xlabel="slots fetched from other GPUs, % a plan", xlim=(-3, 103))
+            axes.set(title=title, xlabel="slots moved between GPUs per plan, %", xlim=(-3, 103))
             axes.set_ylim(bottom=0)
             print(title, [(x, f"{y:.2f}") for x, (y, _, _) in zip(limits, curve, strict=True)])
         figure.axes[0].set_ylabel("imbalance of the next window, %")
@@ -159,7 +161,7 @@ def main() -> None:
     arguments = parser.parse_args()
     console = Console(width=120)
     console.print(table_of_measured(arguments.strategy))
-    console.print(table_of_synthetic(arguments.strategy, (12, 256), 288, 32))
+    console.print(table_of_synthetic(arguments.strategy, (12, 256), Topology(32, slots=9)))
     if arguments.plot:
         draw(arguments.strategy)
 

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 from helpers import QUICK
 
-from eplb_jax import check_placement, decide, moves, rebalance_experts
+from eplb_jax import Topology, decide, moves, plan
 
+TOPOLOGY = Topology(4, slots=6)
 MODEL = {"bytes_per_expert": 10**6, "bandwidth": 1e9, "seconds_per_token": 1e-6}
 
 
@@ -15,14 +16,13 @@ def plans(windows=6, layers=3, noise=0.05, shift=1.0, seed=0):
     before = rng.lognormal(size=(layers, 16)) * 1000
     now = before * rng.lognormal(sigma=shift, size=before.shape)
     trace = now * rng.lognormal(sigma=noise, size=(2 * windows, layers, 16))
-    old = rebalance_experts(before, 24, 1, 1, 4, strategy=QUICK)
-    new = rebalance_experts(trace[:windows], 24, 1, 1, 4, strategy=QUICK, previous=old)
-    check_placement(new)
+    old = plan(before, TOPOLOGY, strategy=QUICK)
+    new = plan(trace[:windows], TOPOLOGY, strategy=QUICK, previous=old)
     return trace[windows:], old, new
 
 
-def heaviest(load, plan):
-    """Tokens of the heaviest GPU of every layer."""
+def max_load(load, plan):
+    """Tokens of the most loaded GPU of every layer."""
     share = load / np.asarray(plan.logcnt)
     slots = np.take_along_axis(share, np.asarray(plan.phy2log), axis=1)
     return slots.reshape(len(load), 4, -1).sum(axis=2).max(axis=1)
@@ -30,13 +30,13 @@ def heaviest(load, plan):
 
 def test_gain_cost_and_order_by_hand():
     trace, old, new = plans()
-    answer = decide(trace, old, new, 4, serves=100, **MODEL)
-    saved = np.array([heaviest(x, old) - heaviest(x, new) for x in trace]) * 1e-6
+    answer = decide(trace, old, new, TOPOLOGY, serves=100, **MODEL)
+    saved = np.array([max_load(x, old) - max_load(x, new) for x in trace]) * 1e-6
     np.testing.assert_allclose(answer.layer_gain, saved.mean(axis=0), rtol=1e-4)
     np.testing.assert_allclose(answer.gain, saved.sum(axis=1).mean(), rtol=1e-4)
     error = saved.sum(axis=1).std(ddof=1) / np.sqrt(len(trace))
     np.testing.assert_allclose(answer.error, error, rtol=1e-3)
-    copies = moves(old, new, 4)
+    copies = moves(old, new, TOPOLOGY)
     received = np.asarray(copies.received)
     busiest = np.maximum(received, np.asarray(copies.sent)).max(axis=1).sum()
     np.testing.assert_allclose(answer.cost, busiest * 1e-3)
@@ -49,55 +49,73 @@ def test_gain_cost_and_order_by_hand():
 
 def test_a_plan_is_applied_if_it_serves_for_long_and_kept_if_not():
     trace, old, new = plans()
-    assert decide(trace, old, new, 4, serves=1e6, **MODEL).action == "apply"
-    once = decide(trace, old, new, 4, serves=1e-3, **MODEL)
+    assert decide(trace, old, new, TOPOLOGY, serves=1e6, **MODEL).action == "apply"
+    once = decide(trace, old, new, TOPOLOGY, serves=1e-3, **MODEL)
     assert once.action == "keep"
-    assert decide(trace, new, old, 4, serves=1e6, **MODEL).action == "keep"
+    assert decide(trace, new, old, TOPOLOGY, serves=1e6, **MODEL).action == "keep"
 
 
 def test_hysteresis_and_doubt_both_hold_back():
     trace, old, new = plans()
-    first = decide(trace, old, new, 4, serves=1, **MODEL)
-    even = first.payback * 1.2  # a fifth more than pays
-    options = {"serves": even, "confidence": 0.0, **MODEL}
-    assert decide(trace, old, new, 4, margin=0.0, **options).action == "apply"
-    assert decide(trace, old, new, 4, margin=0.5, **options).action == "keep"
+    first = decide(trace, old, new, TOPOLOGY, serves=1, **MODEL)
+    serves = first.payback * 1.2  # the gain exceeds the cost by a fifth
+    options = {"serves": serves, "confidence": 0.0, **MODEL}
+    assert decide(trace, old, new, TOPOLOGY, margin=0.0, **options).action == "apply"
+    assert decide(trace, old, new, TOPOLOGY, margin=0.5, **options).action == "keep"
     wild = trace * np.linspace(0.01, 3, len(trace))[:, None, None]
-    serves = decide(wild, old, new, 4, serves=1, **MODEL).payback * 1.6
-    assert decide(wild, old, new, 4, serves=serves, **MODEL).action == "not enough evidence"
-    assert decide(wild, old, new, 4, serves=serves, **MODEL | {"confidence": 0.0}).action == "apply"
+    serves = decide(wild, old, new, TOPOLOGY, serves=1, **MODEL).payback * 1.6
+    assert decide(wild, old, new, TOPOLOGY, serves=serves, **MODEL).action == "undecided"
+    assert (
+        decide(wild, old, new, TOPOLOGY, serves=serves, **MODEL | {"confidence": 0.0}).action
+        == "apply"
+    )
 
 
-def test_one_window_is_not_enough_evidence():
+def test_one_window_decides_nothing():
     trace, old, new = plans()
-    answer = decide(trace[0], old, new, 4, serves=1e6, **MODEL)
-    assert answer.action == "not enough evidence"
+    answer = decide(trace[0], old, new, TOPOLOGY, serves=1e6, **MODEL)
+    assert answer.action == "undecided"
     assert answer.error == np.inf
 
 
 def test_the_same_plan_costs_nothing_and_is_kept():
     trace, old, _ = plans()
-    answer = decide(trace, old, old, 4, serves=10, **MODEL)
+    answer = decide(trace, old, old, TOPOLOGY, serves=10, **MODEL)
     assert (answer.action, answer.gain, answer.cost, answer.payback) == ("keep", 0, 0, 0)
     assert not answer.layer_bytes.any()
 
 
-def test_the_time_of_a_token_is_read_off_measured_seconds():
+def test_the_time_of_a_token_follows_from_measured_seconds():
     trace, old, new = plans()
-    seconds = [heaviest(x, old).sum() * 3e-6 for x in trace]
+    seconds = [max_load(x, old).sum() * 3e-6 for x in trace]
     model = {k: v for k, v in MODEL.items() if k != "seconds_per_token"}
-    measured = decide(trace, old, new, 4, serves=9, measured_seconds=seconds, **model)
-    given = decide(trace, old, new, 4, serves=9, seconds_per_token=3e-6, **model)
+    measured = decide(trace, old, new, TOPOLOGY, serves=9, measured_seconds=seconds, **model)
+    given = decide(trace, old, new, TOPOLOGY, serves=9, seconds_per_token=3e-6, **model)
     np.testing.assert_allclose(measured.gain, given.gain, rtol=1e-4)
 
 
 def test_bytes_do_not_wrap():
     trace, old, new = plans()
-    big = decide(trace, old, new, 4, serves=9, **MODEL | {"bytes_per_expert": 10**9})
+    big = decide(trace, old, new, TOPOLOGY, serves=9, **MODEL | {"bytes_per_expert": 10**9})
     assert big.layer_bytes.min() >= 10**9
-    traffic = moves(old, new, 4).traffic(10**9)
+    traffic = moves(old, new, TOPOLOGY).traffic(10**9)
     np.testing.assert_array_equal(traffic.received.sum(axis=1), big.layer_bytes)
     assert traffic.copies.sum() == 3 * 24 * 10**9
+
+
+def test_one_layer_and_foreign_maps():
+    trace, *both = plans()
+    answer = decide(trace, *both, TOPOLOGY, serves=100, **MODEL)
+    maps = both[0].phy2log.tolist(), np.asarray(both[1].phy2log)
+    assert_equal(decide(trace, *maps, TOPOLOGY, serves=100, **MODEL), answer)
+    options = {"topology": TOPOLOGY, "serves": 100, **MODEL}
+    layer = decide(trace[0, 1], *(x.layer(1) for x in both), **options)
+    assert_equal(layer, decide(trace[0, 1:2], *(x.phy2log[1:2] for x in both), **options))
+
+
+def assert_equal(one, other):
+    for x, y in zip(one, other, strict=True):
+        np.testing.assert_array_equal(x, y)
 
 
 @pytest.mark.parametrize(
@@ -114,4 +132,4 @@ def test_bytes_do_not_wrap():
 def test_bad_numbers_are_named(changed, message):
     trace, old, new = plans()
     with pytest.raises(ValueError, match=message):
-        decide(trace, old, new, 4, **{"serves": 1, **MODEL, **changed})
+        decide(trace, old, new, TOPOLOGY, **{"serves": 1, **MODEL, **changed})

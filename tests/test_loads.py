@@ -23,7 +23,7 @@ def test_the_bundled_load():
 
 @pytest.mark.parametrize(
     ("name", "shape", "top_k", "total", "hottest", "last"),
-    [  # Read off the files that the traces come from, shared/data/*.npz.
+    [  # Counted in the sources of the traces.
         ("deepseek_v3_0324", (2, 58, 256), 8, 1489753664, ((0, 25, 182), 1057755), 20432),
         ("deepseek_v2_lite", (32, 26, 64), 6, 5111808, ((24, 10, 4), 789), 162),
         ("gpt_oss_20b", (26, 24, 32), 4, 20447232, ((24, 23, 18), 7498), 6914),
@@ -45,7 +45,7 @@ def test_bundled_traces_are_their_sources(name, shape, top_k, total, hottest, la
 
 def test_bundled_files_name_source_and_licence():
     for name in loads.EXAMPLES:
-        path = resources.files("eplb_jax").joinpath("data", f"{name}.npz")
+        path = resources.files("eplb_jax.evaluation").joinpath("data", f"{name}.npz")
         with path.open("rb") as file, np.load(file) as data:
             assert len(data["window"]) == len(data["load"])
             repository, commit = str(data["source"]).split(" @")
@@ -60,26 +60,23 @@ def test_an_unknown_name():
         loads.example("gpt")
 
 
-@pytest.mark.parametrize("windows", [False, True])
-@pytest.mark.parametrize("kind", ["npz", "npz, other name", "npy", "json", "json object", "csv"])
-def test_every_kind_of_file(tmp_path, kind, windows):
-    load = np.stack([LOAD, LOAD + 1]) if windows else LOAD
-    path = tmp_path / f"load.{kind.split(',')[0].split()[0]}"
-    if kind == "npz":
-        np.savez(path, load=load, window=["a", "b"])
-    elif kind == "npz, other name":
-        np.savez(path, counts=load)
-    elif kind == "npy":
-        np.save(path, load)
-    elif kind == "json":
-        path.write_text(json.dumps(load.tolist()))
-    elif kind == "json object":
-        path.write_text(json.dumps({"model": "x", "load": load.tolist()}))
-    elif windows:
-        pytest.skip("a .csv file holds one window")
-    else:
-        path.write_text("0,1,2\n3,4,5\n")
-    np.testing.assert_array_equal(loads.read(path), load)
+@pytest.mark.parametrize("load", [LOAD, np.stack([LOAD, LOAD + 1])], ids=["[L, E]", "[T, L, E]"])
+def test_every_kind_of_file(tmp_path, load):
+    names = "load.npz", "other.npz", "load.npy", "list.json", "load.json"
+    paths = {name: tmp_path / name for name in names}
+    np.savez(paths["load.npz"], load=load, window=["a", "b"])
+    np.savez(paths["other.npz"], counts=load)
+    np.save(paths["load.npy"], load)
+    paths["list.json"].write_text(json.dumps(load.tolist()))
+    paths["load.json"].write_text(json.dumps({"model": "x", "load": load.tolist()}))
+    for path in paths.values():
+        np.testing.assert_array_equal(loads.read(path), load, err_msg=path.name)
+
+
+def test_a_table_is_one_window(tmp_path):
+    path = tmp_path / "load.csv"
+    path.write_text("0,1,2\n3,4,5\n")
+    np.testing.assert_array_equal(loads.read(str(path)), LOAD)
 
 
 @pytest.mark.parametrize(

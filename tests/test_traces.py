@@ -8,7 +8,7 @@ from eplb_jax.evaluation.traces import Kind, generate
 
 KINDS = get_args(Kind)
 MANY = 10**10
-"""Tokens: sampling noise is nothing."""
+"""Number of tokens at which sampling noise is negligible."""
 
 
 def measured(trace, num_gpus):
@@ -169,7 +169,7 @@ def test_one_small_window_comes_close_too():
         ("stationary", 0.01, 32),
         ("topics", 0.1, 4),
         ("drift", 0.99, 8),
-        ("bursts", 2, 32),
+        ("bursts", 1, 32),
     ],
 )
 def test_the_nearest_balancedness_can_be_reached(kind, target, num_gpus):
@@ -198,7 +198,8 @@ def test_the_nearest_balancedness_can_be_reached(kind, target, num_gpus):
         ({"num_gpus": 5}, "num_gpus=5 does not divide num_experts=16; nearest: 4, 8"),
         ({"skew": -1}, "skew=-1.0 is not from 0 to 64; nearest: 0"),
         ({"skew": float("nan")}, "skew=nan is not from 0 to 64; nearest: 0"),
-        ({"balancedness": float("nan")}, "balancedness=nan is not a number"),
+        ({"balancedness": float("nan")}, "balancedness=nan is not from 0 to 1; nearest: 0"),
+        ({"balancedness": 2}, "balancedness=2.0 is not from 0 to 1; nearest: 1"),
         ({"topics": 0}, "topics=0 is less than 1; nearest: 1"),
         ({"seed": -1}, "seed=-1 is less than 0; nearest: 0"),
         ({"change": 0.1}, "change=0.1 has no meaning for kind='stationary'; nearest: None"),

@@ -1,10 +1,12 @@
 """The command line: `eplb-jax plan`, `simulate` and `generate`. Needs the extra `cli`."""
 
 import sys
+from typing import Annotated, Any
 
 try:
     import rich as rich
     import typer
+    from typer.core import TyperGroup
 except ModuleNotFoundError as error:
     sys.exit(f"eplb-jax: {error.name} is missing; install it with: pip install 'eplb-jax[cli]'")
 
@@ -12,7 +14,22 @@ from eplb_jax.cli.generate import generate
 from eplb_jax.cli.plan import plan
 from eplb_jax.cli.simulate import simulate
 
+
+class _Commands(TyperGroup):
+    """Commands that report an invalid argument or file in one line, and exit with 2."""
+
+    def invoke(self, ctx: Any) -> object:
+        try:
+            return super().invoke(ctx)
+        except (ValueError, OverflowError, OSError) as error:
+            if ctx.params["debug"]:
+                raise
+            typer.echo(f"eplb-jax: error: {error}", err=True)
+            raise typer.Exit(2) from None
+
+
 main = typer.Typer(
+    cls=_Commands,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -21,7 +38,9 @@ main = typer.Typer(
 
 
 @main.callback()
-def _commands() -> None:
+def _options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
     """Balance the experts of mixture-of-experts models over GPUs."""
 
 

@@ -1,36 +1,28 @@
-"""Arguments that commands share, and how their errors are told."""
+"""Arguments that commands share."""
 
-import contextlib
-from collections.abc import Iterator
+from pathlib import Path
 from typing import Annotated, get_args
 
 import numpy as np
-import typer
+from typer import Argument, Option
 
 from eplb_jax.evaluation import loads
 from eplb_jax.planning.plan import Policy
 
 FILES = f"a .npz, .npy, .json or .csv file, 'example', or one of: {', '.join(loads.EXAMPLES)}"
+SHAPES = "[layers, experts], or [windows, layers, experts] with the oldest window first"
 
-Replicas = Annotated[int, typer.Option(help="Physical slots of a layer, over all GPUs.")]
-Gpus = Annotated[int, typer.Option(help="GPUs, over all nodes.")]
-Groups = Annotated[int, typer.Option(help="Groups of experts.")]
-Nodes = Annotated[int, typer.Option(help="Nodes.")]
-PolicyName = Annotated[str, typer.Option(help=f"One of: {', '.join(get_args(Policy))}.")]
+Load = Annotated[str, Argument(metavar="LOAD", help=f"Measured loads, {SHAPES}: {FILES}.")]
+Replicas = Annotated[int, Option("--replicas", help="Physical slots of a layer, over all GPUs.")]
+Gpus = Annotated[int, Option("--gpus", help="GPUs, over all nodes.")]
+Groups = Annotated[int, Option("--groups", help="Groups of experts.")]
+Nodes = Annotated[int, Option("--nodes", help="Nodes.")]
+Plot = Annotated[Path | None, Option(help="Picture of GPU loads to write (.png, .svg, .pdf).")]
+PolicyName = Annotated[str, Option(help=f"One of: {', '.join(get_args(Policy))}.")]
 
 
-def load_of(name: str) -> np.ndarray:
-    """A bundled load by its name, or what a file holds."""
+def read(name: str) -> np.ndarray:
+    """The bundled loads of that name, or those in a file."""
     if name == "example":
         return loads.example()
     return loads.example(name) if name in loads.EXAMPLES else loads.read(name)
-
-
-@contextlib.contextmanager
-def told() -> Iterator[None]:
-    """Tell an error in one line, and exit with 2."""
-    try:
-        yield
-    except (ValueError, TypeError, OverflowError, OSError) as error:
-        typer.echo(f"eplb-jax: error: {error}", err=True)
-        raise typer.Exit(2) from None

@@ -1,6 +1,7 @@
-"""The picture of a simulation: imbalance over time, and the GPU loads of one layer."""
+"""Pictures of a plan and of a simulation."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import matplotlib as mpl
 import numpy as np
@@ -10,78 +11,106 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from eplb_jax.evaluation.metrics import Balance
 from eplb_jax.evaluation.replay import Replay
 
 _LINES = ("#1f77b4", "#2ca02c", "#ff7f0e", "#9467bd", "#17becf", "#8c564b", "#e377c2", "#bcbd22")
-_LEGEND = {"loc": "outside upper left", "ncols": 5, "frameon": False}
 _COLORS = "RdBu_r"
-_LEAST_REACH = 0.05
+_MIN_RANGE = 0.05
+"""Minimum half range of the color scale."""
 
 
-def picture(
+@contextmanager
+def _figure(width: float, height: float) -> Iterator[Figure]:
+    with mpl.rc_context({"axes.spines.top": False, "axes.spines.right": False}):
+        yield Figure(figsize=(width, height), layout="constrained")
+
+
+def picture_of_plan(before: Balance, after: Balance) -> Figure:
+    """GPU loads of the layer that is worst without a balancer, and max loads of all layers.
+
+    Relative to the mean GPU of a layer; mean over windows.
+    """
+    with _figure(10, 6) as figure:
+        ratios = [_relative(np.asarray(x.gpu_load)) for x in (before, after)]
+        layer = int(np.argmax(ratios[0].max(axis=2).mean(axis=0)))
+        one, every = figure.subplots(2, 1)
+        titles = (
+            f"GPUs of layer {layer}, the worst without a balancer",
+            "Most loaded GPU of every layer",
+        )
+        for axes, title, xlabel in zip((one, every), titles, ("GPU", "layer"), strict=True):
+            axes.set(title=title, xlabel=xlabel, ylabel="GPU load / mean GPU")
+            axes.axhline(1, color="black", linewidth=0.8, zorder=3)
+            axes.margins(x=0.01)
+        bars = (-0.2, "no balancer", "#b9b9b9"), (0.2, "plan", "#1f77b4")
+        for (shift, label, color), ratio in zip(bars, ratios, strict=True):
+            for axes, heights in ((one, ratio[:, layer]), (every, ratio.max(axis=2))):
+                place = np.arange(heights.shape[1]) + shift
+                axes.bar(place, heights.mean(axis=0), 0.4, color=color, label=label)
+        one.legend(frameon=False, loc="upper right")
+    return figure
+
+
+def _relative(gpu_load: np.ndarray) -> np.ndarray:
+    """Loads / mean GPU, [T, L, G]; zeros for a layer without load."""
+    gpu_load = gpu_load.reshape(-1, *gpu_load.shape[-2:])
+    mean = gpu_load.mean(axis=2, keepdims=True)
+    return gpu_load / np.where(mean > 0, mean, 1)
+
+
+def picture_of_replays(
     results: Mapping[str, Replay], shown: tuple[str, str], without: str, window: int, time: str
 ) -> Figure:
     """Mean imbalance of all results against time, and heat maps of the two that are `shown`.
 
-    Those are of the layer that is worst in the result `without`, in the mean over windows.
+    The heat maps are of the layer that is worst in the result `without`, mean over windows.
     """
-    with mpl.rc_context({"axes.spines.top": False, "axes.spines.right": False}):
-        figure = Figure(figsize=(10, 7.5), layout="constrained")
+    with _figure(10, 7.5) as figure:
         grid = figure.add_gridspec(2, 2, height_ratios=(1.2, 1), hspace=0.06)
         lines = figure.add_subplot(grid[0, :])
-        _draw_lines(lines, results, shown[1], without, window, time)
-        figure.legend(*lines.get_legend_handles_labels(), **_LEGEND)
+        _draw_lines(lines, results, shown[1], without, window)
+        lines.set_xlabel(time)
+        handles = lines.get_legend_handles_labels()
+        figure.legend(*handles, loc="outside upper left", ncols=5, frameon=False)
         layer = int(np.argmax(results[without].imbalance.mean(axis=0)))
         maps = [results[name].gpu_load[:, layer] for name in shown]
         # Symmetric about 1, so that the mean GPU is white.
-        reach = max(_LEAST_REACH, *(float(np.abs(x - 1).max()) for x in maps))
-        norm = Normalize(1 - reach, 1 + reach)
+        half = max(_MIN_RANGE, *(float(np.abs(x - 1).max()) for x in maps))
+        norm = Normalize(1 - half, 1 + half)
         left = figure.add_subplot(grid[1, 0])
         both = left, figure.add_subplot(grid[1, 1], sharey=left)
         for axes, name, loads in zip(both, shown, maps, strict=True):
             axes.set_title(name, fontsize=10, loc="left")
             axes.set_xlabel(time)
-            _draw_loads(axes, loads, norm, window)
+            num_windows, num_gpus = loads.shape
+            box = (window - 0.5, window + num_windows - 0.5, num_gpus - 0.5, -0.5)
+            axes.imshow(loads.T, _COLORS, norm, extent=box, aspect="auto", interpolation="nearest")
+            for axis in (axes.xaxis, axes.yaxis):
+                axis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         left.set_ylabel(f"GPU of layer {layer},\nthe worst without a balancer")
         both[1].tick_params(labelleft=False)
-        bar = figure.colorbar(
-            ScalarMappable(norm, _COLORS), ax=both, label="GPU load / mean GPU", pad=0.02
-        )
-        bar.ax.set_ylim(max(0.0, 1 - reach), 1 + reach)
+        colors = ScalarMappable(norm, _COLORS)
+        bar = figure.colorbar(colors, ax=both, label="GPU load / mean GPU", pad=0.02)
+        bar.ax.set_ylim(max(0.0, 1 - half), 1 + half)
     return figure
 
 
 def _draw_lines(
-    axes: Axes, results: Mapping[str, Replay], other: str, without: str, window: int, time: str
+    axes: Axes, results: Mapping[str, Replay], other: str, without: str, window: int
 ) -> None:
     axes.set_prop_cycle(color=_LINES)
     styles = {other: {"color": "#d62728"}, without: {"color": "#8f8f8f", "linestyle": "--"}}
-    for name, result in results.items():
-        heights = result.imbalance.mean(axis=1)
-        (line,) = axes.plot(window + np.arange(heights.size), heights, label=name, linewidth=1.8)
-        if heights.size == 1:
-            line.set_marker("o")
-        line.set(**styles.get(name, {}))
-    axes.set_xlabel(time)
+    means = {name: result.imbalance.mean(axis=1) for name, result in results.items()}
+    for name, heights in means.items():
+        marker = "o" if heights.size == 1 else ""
+        (line,) = axes.plot(window + np.arange(heights.size), heights, marker, label=name)
+        line.set(linewidth=1.8, **styles.get(name, {}))
     axes.set_ylabel("imbalance, mean over layers")
-    axes.set_title("Heaviest / mean GPU - 1 in the windows after a plan", fontsize=10, loc="left")
+    title = "Max / mean GPU load - 1 in the windows after a plan"
+    axes.set_title(title, fontsize=10, loc="left")
     axes.yaxis.set_major_formatter(PercentFormatter(1))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    highest = max(result.imbalance.mean(axis=1).max() for result in results.values())
-    axes.set_xlim(window - 0.5, window + len(results[without].imbalance) - 0.5)
-    axes.set_ylim(0, 1.06 * highest or 1)
+    axes.set_xlim(window - 0.5, window + len(means[without]) - 0.5)
+    axes.set_ylim(0, 1.06 * max(x.max() for x in means.values()) or 1)
     axes.grid(axis="y", alpha=0.25)
-
-
-def _draw_loads(axes: Axes, loads: np.ndarray, norm: Normalize, window: int) -> None:
-    num_windows, num_gpus = loads.shape
-    axes.imshow(
-        loads.T,
-        aspect="auto",
-        interpolation="nearest",
-        cmap=_COLORS,
-        norm=norm,
-        extent=(window - 0.5, window + num_windows - 0.5, num_gpus - 0.5, -0.5),
-    )
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))

@@ -1,8 +1,9 @@
-"""What a replay comes to: the table, and all numbers as JSON."""
+"""The results of replays: the table, and all numbers as JSON."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
+from typing import Any
 
 import jax
 import numpy as np
@@ -11,25 +12,20 @@ from rich.table import Table
 
 from eplb_jax.evaluation.replay import Replay
 
-
-def _percent(digits: int) -> Callable[[float], str]:
-    return lambda x: f"{x * 100:.{digits}f}"
-
-
 COLUMNS = {
-    "imbalance_mean": ("imbalance\nmean, %", _percent(2)),
-    "imbalance_p95": ("95th,\n%", _percent(1)),
-    "imbalance_worst": ("worst,\n%", _percent(1)),
-    "moves_mean": ("slots\nmoved", "{:.1f}".format),
-    "moves_share": ("share,\n%", _percent(1)),
-    "plan_ms": ("plan,\nms", "{:.1f}".format),
-    "compile_s": ("compile\ns", "{:.1f}".format),
+    "imbalance_mean": ("imbalance\nmean", "{:.2%}"),
+    "imbalance_p95": ("95th", "{:.1%}"),
+    "imbalance_worst": ("worst", "{:.1%}"),
+    "moves_mean": ("slots\nmoved", "{:.1f}"),
+    "moves_share": ("share", "{:.1%}"),
+    "plan_ms": ("plan,\nms", "{:.1f}"),
+    "compile_s": ("compile\ns", "{:.1f}"),
 }
-"""Of the table: the number, its header, and how it is shown."""
+"""Columns of the table: the key in `summary`, the header, and the format."""
 
 
 def summary(result: Replay, num_replicas: int) -> dict[str, float | None]:
-    """Imbalance over layers and windows, moves a layer and replan, times; None where none is."""
+    """Imbalance over layers and windows, moves per layer and plan, times; None without a plan."""
     planned, replanned = result.seconds.size > 0, result.moves.size > 0
     return {
         "imbalance_mean": float(result.imbalance.mean()),
@@ -51,35 +47,35 @@ def table(
 ) -> Table:
     """A row for every replay."""
     num_windows, num_layers, num_experts = shape
-    count = num_windows - window
-    measured = "1 window" if count == 1 else f"{count} windows"
-    each = "window" if every == 1 else f"{every} windows"
-    made = Table(
+    measured = _windows(num_windows - window)
+    rows = Table(
         title=f"{num_layers} layers x {num_experts} experts, {measured}, "
-        f"a plan every {each} from the {window} before",
-        caption="imbalance: heaviest / mean GPU - 1 in the windows after a plan, over layers and\n"
-        "windows; slots moved: from another GPU, a layer and replan; plan: the median",
+        f"a plan every {'window' if every == 1 else _windows(every)} from the {window} before",
+        caption="imbalance: max / mean GPU load - 1 in the windows after a plan, with its 95th\n"
+        "percentile; slots moved: from another GPU, per layer and plan; plan: the median",
         title_justify="left",
         caption_justify="left",
         box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
         pad_edge=False,
     )
-    made.add_column("", no_wrap=True)
+    rows.add_column("", no_wrap=True)
     for header, _ in COLUMNS.values():
-        made.add_column(header, justify="right", vertical="bottom")
+        rows.add_column(header, justify="right", vertical="bottom")
     for name, result in results.items():
-        row = summary(result, num_replicas)
-        values = ((row[key], show) for key, (_, show) in COLUMNS.items())
-        cells = ("" if value is None else show(value) for value, show in values)
-        made.add_row(name, *cells)
-    return made
+        values = summary(result, num_replicas)
+        shown = ((form, values[key]) for key, (_, form) in COLUMNS.items())
+        rows.add_row(name, *("" if x is None else form.format(x) for form, x in shown))
+    return rows
+
+
+def _windows(count: int) -> str:
+    return "1 window" if count == 1 else f"{count} windows"
 
 
 def report(
     results: Mapping[str, Replay],
-    arguments: Mapping[str, object],
-    num_replicas: int,
+    arguments: Mapping[str, Any],
     shape: Sequence[int],
     measured: np.ndarray,
 ) -> str:
@@ -87,7 +83,7 @@ def report(
     device = jax.devices()[0]
     rows = [
         {"name": name}
-        | summary(result, num_replicas)
+        | summary(result, arguments["num_replicas"])
         | {
             "imbalance": result.imbalance.round(6).tolist(),
             "moves": result.moves.tolist(),

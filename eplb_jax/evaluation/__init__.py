@@ -1,1 +1,1 @@
-"""How good plans are: metrics, replays of traces, and the loads to measure on."""
+"""Metrics of plans, replays of traces, and loads to measure on."""

@@ -1,33 +1,32 @@
-"""Whether to put a plan in place: what it gains in the time it serves, and what moving costs."""
+"""Whether to put a plan in place: what it saves while it is used, and what moving to it costs."""
 
 from typing import Literal, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Array, Float, Int
 from numpy.typing import ArrayLike
 
 from eplb_jax.checks import LoadLike, as_amount, as_load
 from eplb_jax.evaluation.metrics import gpu_loads
 from eplb_jax.transition.moves import moves
-from eplb_jax.types import Placement
+from eplb_jax.types import Placement, Topology
 
-Action = Literal["apply", "keep", "not enough evidence"]
+Action = Literal["apply", "keep", "undecided"]
 
 
 class Decision(NamedTuple):
-    """What to do, and the numbers behind it.
+    """What to do, and the numbers behind it. L is 1 for the plans of one layer.
 
     Attributes:
-        action: "apply", "keep", or "not enough evidence", until which to keep the plan in place.
-        gain: Seconds that the new plan saves in a window, in the mean over windows.
+        action: "apply" the new plan, "keep" the old one, or "undecided": keep the old one until
+            there are more windows to judge by.
+        gain: Seconds that the new plan saves in a window, mean over windows.
         error: The standard error of that mean; infinite for fewer than two windows.
         cost: Seconds that moving takes.
-        payback: After how many windows moving has paid for itself; infinite if it never does.
+        payback: Number of windows after which the saved time exceeds the cost; infinite if never.
         layer_gain: Seconds that each layer saves in a window.
-        layer_bytes: Bytes that each layer fetches from other GPUs.
-        order: The layers by falling gain per byte: the first k are those to move first.
+        layer_bytes: Bytes that each layer moves between GPUs.
+        order: The layers by descending gain per byte: the first k are the ones to move first.
     """
 
     action: Action
@@ -42,11 +41,10 @@ class Decision(NamedTuple):
 
 def decide(
     load: LoadLike,
-    old: Placement,
-    new: Placement,
-    num_gpus: int,
+    old: Placement | LoadLike,
+    new: Placement | LoadLike,
+    topology: Topology,
     *,
-    num_nodes: int = 1,
     bytes_per_expert: int,
     bandwidth: float,
     serves: float,
@@ -55,56 +53,53 @@ def decide(
     margin: float = 0.5,
     confidence: float = 1.0,
 ) -> Decision:
-    """Whether a new plan is worth moving to.
+    """Whether a new plan is worth moving to. Runs on the host and cannot be traced.
 
-    A step waits for the heaviest GPU of every layer, so a plan's time in a window is the tokens of
-    those GPUs, added up over layers, times the time of a token. Moving takes, layer after layer,
-    what the GPU that sends or receives most needs. The new plan is applied if what it saves in a
-    window is more than cost / serves, by `margin` and by `confidence` standard errors; if it is
-    less by so many, the old one is kept.
+    A step waits for the most loaded GPU of every layer. So the time of a plan in a window is the
+    tokens of those GPUs, summed over layers, times the time per token. Layers move one after
+    another, and each takes as long as the GPU that sends or receives most. The new plan is applied
+    if its gain in a window exceeds (1 + margin) * cost / serves by `confidence` standard errors;
+    the old one is kept if the gain is below by as many.
 
-    The windows should be others than the new plan was made from, or the gain is flattered.
+    The windows should not be those that the new plan was made from, which overstate the gain.
 
     Args:
-        load: [T, L, E] tokens of the windows to judge by, or [L, E] of one.
-        old: The plan in place.
-        new: The plan to come.
-        num_gpus: G; divides the number of slots.
-        num_nodes: N; divides G.
-        bytes_per_expert: Parameters of one expert of one layer.
-        bandwidth: Bytes a second that a GPU sends, and receives.
-        serves: Windows that the new plan will stay in place for.
-        seconds_per_token: What one token of one expert takes on a GPU; or else
-        measured_seconds: [T], what the experts of all layers took in every window with the old
-            plan in place: the time of a token is read off that.
-        margin: By how much more than its cost a move must gain: hysteresis, lest plans that are
-            much alike take turns.
-        confidence: How many standard errors of the gain count against either answer.
+        load: Tokens in the windows to judge by: [T, L, E], or [L, E] or [E] for one window.
+        old: The plan in place, or its phy2log.
+        new: The plan to come, or its phy2log.
+        topology: GPUs, slots and nodes of both plans.
+        bytes_per_expert: Size of the parameters of one expert of one layer.
+        bandwidth: Bytes per second that a GPU sends, and receives.
+        serves: Number of windows that the new plan will stay in place.
+        seconds_per_token: Time of one token of one expert on a GPU; None with measured_seconds.
+        measured_seconds: [T], the time that the experts of all layers took in every window with
+            the old plan in place; it gives the time of a token.
+        margin: By what fraction the gain must exceed the cost: hysteresis, which stops similar
+            plans from replacing each other in turn.
+        confidence: Number of standard errors by which the gain must differ from the cost.
 
     Returns:
-        What to do, with gain, cost and the layers in the order of gain per byte.
+        What to do, with gain, cost and the layers by descending gain per byte.
 
     Raises:
         TypeError: An argument is of the wrong kind.
-        ValueError: Loads and plans do not fit, a number is negative or not finite, bandwidth
-            or serves is zero, or not one of seconds_per_token and measured_seconds is given.
+        ValueError: Loads, plans and topology do not fit, a number is negative or not finite,
+            bandwidth or serves is zero, or not exactly one of seconds_per_token and
+            measured_seconds is given.
 
     Example:
-        >>> import eplb_jax
-        >>> old = eplb_jax.rebalance_experts([[3, 1, 3, 1]], 4, 1, 1, 2)
-        >>> new = eplb_jax.rebalance_experts([[9, 8, 2, 2]], 4, 1, 1, 2)
+        >>> old, new = [[0, 1, 2, 3]], [[0, 2, 1, 3]]
         >>> load = [[[4, 4, 1, 1]], [[5, 4, 1, 1]]]
         >>> cost = dict(bytes_per_expert=10**6, bandwidth=1e9, serves=100, seconds_per_token=1e-3)
-        >>> answer = decide(load, old, new, 2, **cost)
+        >>> answer = decide(load, old, new, Topology(2, slots=2), **cost)
         >>> answer.action, round(answer.gain, 6), round(answer.cost, 6)
         ('apply', 0.003, 0.001)
     """
-    array = np.asarray(as_load(load, "load", windows=True))
-    windows = array if array.ndim == 3 else array[None]
+    array = as_load(load, "load")
     bandwidth, serves = _positive("bandwidth", bandwidth), _positive("serves", serves)
     margin = _positive("margin", margin, zero=True)
     confidence = _positive("confidence", confidence, zero=True)
-    before, after = (_heaviest(windows, plan, num_gpus) for plan in (old, new))
+    before, after = (_max_load(array, plan, topology) for plan in (old, new))
     token = _token_seconds(seconds_per_token, measured_seconds, before)
 
     saved = (before - after) * token  # [T, L]
@@ -112,9 +107,10 @@ def decide(
     count = len(total)
     gain = float(total.mean())
     error = float(total.std(ddof=1) / np.sqrt(count)) if count > 1 else float("inf")
-    traffic = moves(old, new, num_gpus, num_nodes).traffic(bytes_per_expert)
-    cost = float(np.maximum(traffic.sent, traffic.received).max(axis=1).sum() / bandwidth)
-    layer_bytes = traffic.received.sum(axis=1)
+    traffic = moves(old, new, topology).traffic(bytes_per_expert)
+    sent, received = (np.atleast_2d(x) for x in (traffic.sent, traffic.received))
+    cost = float(np.maximum(sent, received).max(axis=1).sum() / bandwidth)
+    layer_bytes = received.sum(axis=1)
     layer_gain = saved.mean(axis=0)
     return Decision(
         _action(gain, confidence * error if confidence else 0.0, (1 + margin) * cost / serves),
@@ -133,23 +129,25 @@ def _action(gain: float, doubt: float, least: float) -> Action:
         return "apply"
     if gain + doubt <= least:
         return "keep"
-    return "not enough evidence"
+    return "undecided"
 
 
 def _rate(gain: Float[np.ndarray, " L"], size: Int[np.ndarray, " L"]) -> np.ndarray:
-    """Gain per byte; what gains and moves nothing comes first, what loses that way last."""
+    """Gain per byte; of the layers that move nothing, infinite with the sign of the gain."""
     free = np.where(gain == 0, 0, np.copysign(np.inf, gain))
     return np.where(size > 0, gain / np.where(size > 0, size, 1), free)
 
 
-def _heaviest(windows: np.ndarray, plan: Placement, num_gpus: int) -> np.ndarray:
-    """Tokens of the heaviest GPU, [T, L], in float64."""
-    loads = [gpu_loads(window, plan, num_gpus) for window in windows]
-    return np.asarray(jax.device_get(jnp.stack(loads)), np.float64).max(axis=2)
+def _max_load(
+    load: Float[Array, "*TL E"] | np.ndarray, plan: Placement | LoadLike, topology: Topology
+) -> Float[np.ndarray, "T L"]:
+    """Tokens of the most loaded GPU, in float64."""
+    gpu_load = np.asarray(gpu_loads(load, plan, topology), np.float64)
+    return gpu_load.max(axis=-1).reshape(len(load) if load.ndim == 3 else 1, -1)
 
 
 def _token_seconds(
-    given: float | None, measured: ArrayLike | None, heaviest: Float[np.ndarray, "T L"]
+    given: float | None, measured: ArrayLike | None, max_load: Float[np.ndarray, "T L"]
 ) -> float:
     if (given is None) == (measured is None):
         got = "neither" if given is None else "both"
@@ -157,12 +155,12 @@ def _token_seconds(
     if given is not None:
         return _positive("seconds_per_token", given, zero=True)
     seconds = np.asarray(measured, np.float64)
-    if seconds.shape != heaviest.shape[:1]:
-        wanted = heaviest.shape[:1]
+    if seconds.shape != max_load.shape[:1]:
+        wanted = max_load.shape[:1]
         raise ValueError(f"measured_seconds must have the shape {wanted}, got {seconds.shape}")
     if not np.all(np.isfinite(seconds) & (seconds >= 0)):
         raise ValueError("measured_seconds must be finite and not negative")
-    tokens = heaviest.sum()
+    tokens = max_load.sum()
     return float(seconds.sum() / tokens) if tokens else 0.0
 
 

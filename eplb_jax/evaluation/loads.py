@@ -14,25 +14,24 @@ EXAMPLES = ("deepseek_v3_0324", "deepseek_v2_lite", "gpt_oss_20b", "gpt_oss_20b_
 
 
 def example(name: str = "deepseek_v3_0324") -> Int64[np.ndarray, "T L E"]:
-    """Tokens routed to every expert of a real model, as others measured them; MoE layers only.
+    """Measured tokens routed to every expert of a real model, in every window; MoE layers only.
 
     deepseek_v3_0324: DeepSeek-V3-0324, [2, 58, 256], 8 experts a token. MMLU text packed to 4k
     tokens, then to 8k. Bobchenyx/CC-MoE at commit 98b792d, MIT licence.
 
     deepseek_v2_lite: DeepSeek-V2-Lite after fine-tuning, [32, 26, 64], 6 experts a token. Four
-    tasks after one another (intent, law, summary, translation), 8 windows of 1024 tokens each.
+    tasks in turn (intent, law, summary, translation), 8 windows of 1024 tokens each.
     deepseek-ai/ESFT at commit 579a771, MIT licence.
 
     gpt_oss_20b: gpt-oss-20b decoding, [26, 24, 32], 4 experts a token. Windows of 8192 generated
     tokens, one request after another. AmanPriyanshu/GPT-OSS-MoE-ExpertFingerprinting at commit
     72b368f, Apache-2.0 licence.
 
-    gpt_oss_20b_decode: the same tokens, [31, 24, 32], as if all 703 requests had been decoded side
-    by side. Windows of 16 steps, which hold fewer tokens as requests end. Source and licence are
-    the same.
+    gpt_oss_20b_decode: the same tokens, [31, 24, 32], as if all 703 requests had been decoded in
+    one batch. Windows of 16 steps, with fewer tokens as requests end. The same source and licence.
 
     Args:
-        name: Which of them.
+        name: One of `EXAMPLES`.
 
     Returns:
         Counts of routed tokens; every layer of a window adds up to tokens times experts a token.
@@ -54,7 +53,7 @@ def example(name: str = "deepseek_v3_0324") -> Int64[np.ndarray, "T L E"]:
 
 
 def read(path: str | Path) -> np.ndarray:
-    """Read a file of loads, [L, E] or [T, L, E].
+    """The loads in a file, [L, E] or [T, L, E].
 
     Args:
         path: A .npz file (the array named `load`, or its only array), a .npy file, a .json file
@@ -62,10 +61,10 @@ def read(path: str | Path) -> np.ndarray:
             with E numbers each.
 
     Returns:
-        The array as it lies in the file, T windows apart.
+        The array as stored.
 
     Raises:
-        ValueError: The file cannot be read, or holds something else.
+        ValueError: The file cannot be read, or does not hold loads.
 
     Example:
         >>> read("load.csv").shape  # doctest: +SKIP

@@ -1,141 +1,156 @@
-"""How balanced a plan is under a load that experts split over their replicas, evenly or as told."""
+"""How balanced a plan is under a load that experts split over their replicas."""
 
 from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+import numpy as np
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float, Int32, Num
 
-from eplb_jax.checks import LoadLike, as_count, as_load, check_divides
+from eplb_jax.checks import LoadLike, as_load
 from eplb_jax.planning.bounds import plan_bound
-from eplb_jax.sharding import by_layers
-from eplb_jax.types import Placement
+from eplb_jax.planning.placement import as_placement
+from eplb_jax.sharding import spec_of, under_auto
+from eplb_jax.types import Placement, Topology, check_topology
 
 
 class Balance(NamedTuple):
-    """The load of every GPU, and how even it is; a layer without load is perfectly balanced.
+    """The load of every GPU, and how balanced it is; a layer without load is perfectly balanced.
+
+    All but the means have the leading axes of the load: [L] for one window, [T, L] for several,
+    none for one layer.
 
     Attributes:
-        gpu_load: In the unit of the load.
-        imbalance: Heaviest GPU / mean GPU - 1, per layer: the share of time lost.
-        balancedness: Mean GPU / heaviest GPU, per layer.
-        mean_imbalance: The mean of `imbalance` over layers.
-        mean_balancedness: The mean of `balancedness` over layers.
+        gpu_load: Load of every GPU, in the unit of the load.
+        imbalance: Max / mean GPU load - 1: the overhead over perfect balance.
+        balancedness: Mean / max GPU load. 1 - balancedness is the share of time lost to waiting.
+        mean_imbalance: The mean of `imbalance` over all layers and windows.
+        mean_balancedness: The mean of `balancedness` over all layers and windows.
     """
 
-    gpu_load: Float[Array, "L G"]
-    imbalance: Float[Array, " L"]
-    balancedness: Float[Array, " L"]
+    gpu_load: Float[Array, "*TL G"]
+    imbalance: Float[Array, "*TL"]
+    balancedness: Float[Array, "*TL"]
     mean_imbalance: Float[Array, ""]
     mean_balancedness: Float[Array, ""]
 
 
 def balance(
     load: LoadLike,
-    placement: Placement,
-    num_gpus: int,
+    placement: Placement | LoadLike,
+    topology: Topology,
     *,
-    split: Float[Array, "L R"] | None = None,
+    split: Float[Array, "*TL R"] | None = None,
 ) -> Balance:
-    """Measure a plan on a load, which need not be the one it was made for.
+    """The balance of a plan under a load, which need not be the one it was made for.
 
     Args:
-        load: [L, E] loads in any unit.
-        placement: The plan, for the same layers and experts.
-        num_gpus: G; divides the number of slots.
-        split: The share of every slot in the load of its expert, as of `runtime.split_load`; None:
-            all replicas take the same.
+        load: Loads in any unit: [L, E], [T, L, E] of T windows, or [E] of one layer.
+        placement: The plan, or its phy2log [L, R] or [R], for the same layers and experts.
+        topology: GPUs and slots; as many slots as the plan has.
+        split: The share of every slot in the load of its expert, as of `runtime.split_load`:
+            [L, R], [T, L, R] or [R]. None: the replicas of an expert share its load equally.
 
     Returns:
-        GPU loads, imbalance and balancedness.
+        GPU loads, imbalance and balancedness, with the leading axes of the load, and their means.
 
     Raises:
         TypeError: An argument is of the wrong kind.
-        ValueError: Load, plan and split do not fit, num_gpus does not divide the number of
-            slots, or a load is NaN, infinite or negative.
+        ValueError: Load, plan, topology and split do not fit, the plan is invalid, or a load is
+            NaN, infinite or negative.
 
     Example:
-        >>> import eplb_jax
-        >>> plan = eplb_jax.rebalance_experts([[100, 200]], 2, 1, 1, 2)
-        >>> balance([[100, 200]], plan, 2).balancedness.tolist()
+        >>> balance([[100, 200]], [[0, 1]], Topology(2, slots=1)).balancedness.tolist()
         [0.75]
     """
-    return evenness(gpu_loads(load, placement, num_gpus, split=split))
+    return balance_of(gpu_loads(load, placement, topology, split=split))
 
 
 def gpu_loads(
     load: LoadLike,
-    placement: Placement,
-    num_gpus: int,
+    placement: Placement | LoadLike,
+    topology: Topology,
     *,
-    split: Float[Array, "L R"] | None = None,
-) -> Float[Array, "L G"]:
+    split: Float[Array, "*TL R"] | None = None,
+) -> Float[Array, "*TL G"]:
     """The load of every GPU, in the unit of the load. Arguments and errors are those of `balance`.
 
     Example:
-        >>> import eplb_jax
-        >>> plan = eplb_jax.rebalance_experts([[100, 200]], 2, 1, 1, 2)
-        >>> gpu_loads([[100, 200]], plan, 2).tolist()
-        [[100.0, 200.0]]
+        >>> gpu_loads([[100, 200]], [[0, 1, 1, 0]], Topology(2, slots=2)).tolist()
+        [[150.0, 150.0]]
     """
     array = as_load(load, "load")
-    if placement.logcnt.shape != array.shape:
+    plan = as_placement(placement, "placement", array.shape[-1])
+    if plan.logcnt.shape != array.shape[-2:]:
         raise ValueError(
-            f"load has the shape {array.shape}, but the plan is for {placement.logcnt.shape}"
+            f"load has the shape {array.shape}, but the plan is for {plan.logcnt.shape}"
         )
-    num_gpus = as_count("num_gpus", num_gpus)
-    check_divides("num_gpus", num_gpus, "number of slots", placement.phy2log.shape[1])
-    if split is not None and split.shape != placement.phy2log.shape:
-        raise ValueError(
-            f"split has the shape {split.shape}, but the plan is for {placement.phy2log.shape}"
-        )
-    return _gpu_loads(array, placement, split, num_gpus=num_gpus)
+    check_topology(topology, plan.phy2log.shape[-1])
+    if split is not None:
+        split = jnp.asarray(split, jnp.float32)
+        shapes = plan.phy2log.shape, array.shape[:-1] + plan.phy2log.shape[-1:]
+        if split.shape not in shapes:
+            raise ValueError(f"split has the shape {split.shape}, but the plan is for {shapes[0]}")
+    loads = partial(_gpu_loads, num_gpus=topology.num_gpus)
+    leading = PartitionSpec(*spec_of(array)[:-1])
+    return under_auto(loads, leading, array, plan.phy2log, plan.logcnt, split)
 
 
-def gap(load: LoadLike, placement: Placement, num_gpus: int) -> Float[Array, " L"]:
-    """How far the heaviest GPU of every layer is, at most, from that of the best plan.
-
-    Heaviest GPU / `plan_bound` - 1: no plan of as many slots is better by more. Zero for a
-    layer without load. Arguments and errors are those of `balance`.
-
-    Example:
-        >>> import eplb_jax
-        >>> plan = eplb_jax.rebalance_experts([[100, 200]], 2, 1, 1, 2)
-        >>> gap([[100, 200]], plan, 2).tolist()
-        [0.0]
-    """
-    heaviest = jnp.max(balance(load, placement, num_gpus).gpu_load, axis=1)
-    bound = plan_bound(load, placement.phy2log.shape[1], num_gpus)
-    return jnp.where(bound > 0, heaviest / jnp.where(bound > 0, bound, 1), 1) - 1
-
-
-@by_layers
 @partial(jax.jit, static_argnames="num_gpus")
 def _gpu_loads(
-    load: Float[Array, "L E"],
-    placement: Placement,
-    split: Float[Array, "L R"] | None,
+    load: Float[Array, "*TL E"],
+    phy2log: Int32[Array, "*L R"],
+    logcnt: Int32[Array, "*L E"],
+    split: Float[Array, "... R"] | None,
     *,
     num_gpus: int,
-) -> Float[Array, "L G"]:
-    per_replica = load if split is not None else load / placement.logcnt.astype(jnp.float32)
-    per_slot = jnp.take_along_axis(per_replica, placement.phy2log, axis=1)
+) -> Float[Array, "*TL G"]:
+    leading = load.shape[:-1]
+    per_replica = load if split is not None else load / logcnt.astype(jnp.float32)
+    expert = jnp.broadcast_to(phy2log, (*leading, phy2log.shape[-1]))
+    per_slot = jnp.take_along_axis(per_replica, expert, axis=-1)
     per_slot = per_slot if split is None else per_slot * split
-    num_layers, num_slots = per_slot.shape
-    by_gpu = per_slot.reshape(num_layers, num_gpus, num_slots // num_gpus)
-    return jnp.sum(by_gpu, axis=2)
+    return jnp.sum(per_slot.reshape(*leading, num_gpus, -1), axis=-1)
 
 
-def evenness(gpu_load: Float[Array, "L G"]) -> Balance:
-    """The metrics of known GPU loads.
+def gpu_loads_in_order(load: Num[np.ndarray, "... E"], num_gpus: int) -> Num[np.ndarray, "... G"]:
+    """GPU loads without a balancer: no replicas, expert e on GPU e * G // E.
 
     Example:
-        >>> float(evenness(jnp.array([[100.0, 200.0], [100.0, 200.0]])).mean_balancedness)
+        >>> gpu_loads_in_order(np.ones((1, 5)), 2).tolist()
+        [[3.0, 2.0]]
+    """
+    gpu = np.arange(load.shape[-1]) * num_gpus // load.shape[-1]
+    return np.stack([load[..., gpu == g].sum(axis=-1) for g in range(num_gpus)], axis=-1)
+
+
+def gap(load: LoadLike, placement: Placement | LoadLike, topology: Topology) -> Float[Array, "*TL"]:
+    """An upper bound on the optimality gap: max GPU load / `plan_bound` - 1.
+
+    No plan of as many slots has a max GPU load that is lower by more. Zero for a layer without
+    load. Arguments and errors are those of `balance`.
+
+    Example:
+        >>> gap([[100, 200]], [[0, 1]], Topology(2, slots=1)).tolist()
+        [0.0]
+    """
+    most = jnp.max(gpu_loads(load, placement, topology), axis=-1)
+    bound = plan_bound(load, topology)
+    return jnp.where(bound > 0, most / jnp.where(bound > 0, bound, 1), 1) - 1
+
+
+def balance_of(gpu_load: Float[Array, "*TL G"]) -> Balance:
+    """The balance of known GPU loads.
+
+    Example:
+        >>> float(balance_of(jnp.array([[100.0, 200.0], [100.0, 200.0]])).mean_balancedness)
         0.75
     """
-    mean, heaviest = jnp.mean(gpu_load, axis=1), jnp.max(gpu_load, axis=1)
-    busy = heaviest > 0
-    imbalance = jnp.where(busy, heaviest / jnp.where(busy, mean, 1), 1) - 1
-    balancedness = jnp.where(busy, mean / jnp.where(busy, heaviest, 1), 1)
+    mean = jnp.mean(gpu_load, axis=-1)
+    most = jnp.maximum(jnp.max(gpu_load, axis=-1), mean)  # a rounded mean may be above the max
+    busy = most > 0
+    imbalance = jnp.where(busy, most / jnp.where(busy, mean, 1), 1) - 1
+    balancedness = jnp.where(busy, mean / jnp.where(busy, most, 1), 1)
     return Balance(gpu_load, imbalance, balancedness, jnp.mean(imbalance), jnp.mean(balancedness))

@@ -1,35 +1,39 @@
-"""A trace replayed: every plan is made from past windows and measured on those to come.
+"""A trace replayed: every plan is made from past windows and measured on the following ones.
 
-H is the number of past windows that a plan is made from, P the number of plans.
+H is the number of past windows that a plan is made from, P the number of plans. Everything here
+runs on the host and cannot be traced.
 """
 
-import time
 from collections.abc import Callable
 from functools import partial
+from time import perf_counter
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 
-from eplb_jax.checks import LoadLike, as_count, as_load, check_divides
-from eplb_jax.planning.plan import Policy, rebalance_experts
-from eplb_jax.planning.strategies import Strategy
-from eplb_jax.types import Placement
+from eplb_jax.checks import LOAD_AXES, LoadLike, as_count, as_load
+from eplb_jax.evaluation.metrics import balance_of, gpu_loads, gpu_loads_in_order
+from eplb_jax.planning.plan import Policy, plan
+from eplb_jax.planning.strategies import Strategy, resolve_strategy
+from eplb_jax.transition.moves import moves
+from eplb_jax.types import Placement, Topology, check_topology
 
-Plan = Callable[[np.ndarray, Placement | None], Placement]
-"""From the past windows [H, L, E], oldest first, and the plan in place to the next plan."""
+Planner = Callable[[np.ndarray, Placement | None], Placement]
+"""A function of the past windows [H, L, E], oldest first, and the plan in place: the next plan."""
 
 
 class Replay(NamedTuple):
-    """How even the GPUs were in every window after the first H, and what that took.
+    """How balanced the GPUs were in every window after the first H, and what it cost.
 
     Attributes:
-        gpu_load: Relative to the mean GPU of the layer; ones for a layer without load.
-        imbalance: Heaviest GPU / mean GPU - 1; zero for a layer without load.
-        moves: Slots that every plan but the first fetches from another GPU.
-        seconds: What every plan took, compilation apart.
-        compile_seconds: What the first calls took longer than the same calls again.
+        gpu_load: Load of every GPU / mean of its layer; ones for a layer without load.
+        imbalance: Max / mean GPU load - 1; zero for a layer without load.
+        moves: Slots that receive an expert from another GPU, for every plan but the first.
+        seconds: Time to make every plan, without compilation.
+        compile_seconds: Extra time of the first calls, which compile.
     """
 
     gpu_load: Float[np.ndarray, "T-H L G"]
@@ -41,26 +45,26 @@ class Replay(NamedTuple):
 
 def replay(
     trace: LoadLike,
-    plan: Plan,
+    planner: Planner,
+    topology: Topology,
     *,
-    num_gpus: int,
     window: int = 8,
     every: int = 1,
     on_window: Callable[[], object] | None = None,
 ) -> Replay:
-    """Plan from the last windows at every step, and measure each plan on windows it has not seen.
+    """Balance, moves and planning time of a planner that only sees the past of a trace.
 
-    An expert splits its load evenly over its replicas. Beside planning this takes about half a
-    millisecond a window of 58 layers.
+    The replicas of an expert share its load equally. Besides planning, a plan of 58 layers of 288
+    slots takes about 10 ms on a CPU core, most of it to count moves.
 
     Args:
-        trace: [T, L, E] loads in any unit, oldest window first.
-        plan: Called with ``trace[t - window : t]`` and the plan in place, None at first, for
+        trace: Loads in any unit, [T, L, E], oldest window first.
+        planner: Called with ``trace[t - window : t]`` and the plan in place, None at first, for
             t = window, window + every and so on. The first two calls are made twice, as they
             may compile.
-        num_gpus: G; divides the number of slots of the plans.
-        window: H, past windows that a plan is made from.
-        every: Windows that a plan stays in place for.
+        topology: GPUs and slots of the plans.
+        window: H, the number of past windows that a plan is made from.
+        every: Number of windows that a plan stays in place.
         on_window: Called after every measured window.
 
     Returns:
@@ -69,146 +73,128 @@ def replay(
     Raises:
         TypeError: An argument is of the wrong kind.
         ValueError: The trace is not [T, L, E] or has no window after the first H, a load is
-            NaN, infinite or negative, a count is less than 1, or num_gpus does not divide the
-            number of slots.
+            NaN, infinite or negative, a count is less than 1, or a plan is invalid or does not
+            fit the topology.
 
     Example:
         >>> trace = [[[4, 1, 1, 2]], [[4, 2, 1, 1]], [[4, 1, 2, 1]]]
-        >>> result = replay(trace, last_window(4, 1, 1, 2), num_gpus=2, window=1)
+        >>> topology = Topology(2, slots=2)
+        >>> result = replay(trace, plan_from_last_window(topology), topology, window=1)
         >>> result.imbalance.tolist(), result.moves.tolist()
         ([[0.25], [0.25]], [[2]])
     """
-    loads, window = _checked(trace, window)
-    num_gpus, every = as_count("num_gpus", num_gpus), as_count("every", every)
+    check_topology(topology)
+    loads, window = _as_trace(trace, window)
+    every = as_count("every", every)
     placed, gpu_load, moved, seconds, compiling = None, [], [], [], 0.0
     for t in range(window, len(loads), every):
-        make = partial(plan, loads[t - window : t], placed)
-        new, took = timed(make)
-        if len(seconds) < 2:
-            first = took
-            new, took = timed(make)
-            compiling += max(first - took, 0.0)
+        make = partial(planner, loads[t - window : t], placed)
+        new, took, compiled = timed(make, compiles=len(seconds) < 2)
         seconds.append(took)
-        check_divides("num_gpus", num_gpus, "number of slots", new.phy2log.shape[1])
+        compiling += compiled
+        gpu_load.append(gpu_loads(loads[t : t + every], new, topology))
         if placed is not None:
-            moved.append(_fetched(np.asarray(placed.phy2log), np.asarray(new.phy2log), num_gpus))
+            moved.append(np.sum(moves(placed, new, topology).received, axis=1))
         placed = new
-        phy2log, logcnt = np.asarray(new.phy2log), np.asarray(new.logcnt)
-        for load in loads[t : t + every]:
-            per_slot = np.take_along_axis(load / logcnt, phy2log, axis=1)
-            gpu_load.append(per_slot.reshape(len(load), num_gpus, -1).sum(axis=2))
+        for _ in gpu_load[-1]:
             if on_window is not None:
                 on_window()
-    moves = np.asarray(moved, np.int64).reshape(-1, loads.shape[1])
-    return _measured(np.stack(gpu_load), moves, np.asarray(seconds), compiling)
+    counts = np.asarray(moved, np.int64).reshape(-1, loads.shape[1])
+    return _measure(np.concatenate(gpu_load), counts, np.asarray(seconds), compiling)
 
 
-def without_balancer(trace: LoadLike, *, num_gpus: int, window: int = 8) -> Replay:
+def without_balancer(trace: LoadLike, topology: Topology, *, window: int = 8) -> Replay:
     """The same windows with experts in order and no replicas: no plans, no moves.
 
-    Arguments and errors are those of `replay`.
+    Arguments and errors are those of `replay`; only the GPUs of the topology are used.
 
     Example:
-        >>> without_balancer([[[4, 1, 1, 2]]] * 2, num_gpus=2, window=1).imbalance.tolist()
+        >>> trace = [[[4, 1, 1, 2]]] * 2
+        >>> without_balancer(trace, Topology(2, slots=2), window=1).imbalance.tolist()
         [[0.25]]
     """
-    loads, window = _checked(trace, window)
-    none = np.zeros((0, loads.shape[1]), np.int64)
-    return _measured(in_order(loads[window:], as_count("num_gpus", num_gpus)), none, np.zeros(0))
-
-
-def in_order(load: Float[np.ndarray, "*T L E"], num_gpus: int) -> Float[np.ndarray, "*T L G"]:
-    """GPU loads with expert e on GPU e * G // E: what a model does without a balancer.
-
-    Example:
-        >>> in_order(np.ones((1, 5)), 2).tolist()
-        [[3.0, 2.0]]
-    """
-    gpu = np.arange(load.shape[-1]) * num_gpus // load.shape[-1]
-    return np.stack([load[..., gpu == g].sum(axis=-1) for g in range(num_gpus)], axis=-1)
+    check_topology(topology)
+    loads, window = _as_trace(trace, window)
+    gpu_load = gpu_loads_in_order(loads[window:], topology.num_gpus)
+    return _measure(gpu_load, np.zeros((0, loads.shape[1]), np.int64), np.zeros(0))
 
 
 def plan_from_windows(
-    num_replicas: int,
-    num_groups: int,
-    num_nodes: int,
-    num_gpus: int,
+    topology: Topology,
     *,
     keep: bool = True,
     policy: Policy = "auto",
     strategy: str | Strategy = "auto",
     max_moves: int | None = None,
-    price: float = 0.0,
-) -> Plan:
-    """A plan for all past windows: `eplb_jax.rebalance_experts`, whose arguments these are.
+    move_penalty: float | None = None,
+) -> Planner:
+    """A planner that uses all past windows, by `eplb_jax.plan`, whose arguments these are.
 
-    With `keep` the plan in place is handed on as `previous`, which `max_moves` and `price` need.
+    With `keep` the plan in place is passed as `previous`, which `max_moves` and `move_penalty`
+    need.
     """
-    if (max_moves is not None or price) and not keep:
-        limit = f"price={price}" if max_moves is None else f"max_moves={max_moves}"
-        raise ValueError(f"{limit} needs keep, as it limits what changes")
-    counts = num_replicas, num_groups, num_nodes, num_gpus
-    make = partial(rebalance_experts, policy=policy, strategy=strategy)
+    limits = {"max_moves": max_moves, "move_penalty": move_penalty}
+    for name, value in limits.items():
+        if value is not None and not keep:
+            raise ValueError(f"{name}={value} needs keep=True; nearest: {name}=None")
+    make = partial(plan, topology=topology, policy=policy, strategy=resolve_strategy(strategy))
 
-    def plan(past: np.ndarray, placed: Placement | None) -> Placement:
+    def planner(past: np.ndarray, placed: Placement | None) -> Placement:
         if placed is None or not keep:
-            return make(past, *counts)
-        return make(past, *counts, previous=placed, max_moves=max_moves, price=price)
+            return make(past)
+        return make(past, previous=placed, **limits)
 
-    return plan
+    return planner
 
 
 def plan_from_last_window(
-    num_replicas: int,
-    num_groups: int,
-    num_nodes: int,
-    num_gpus: int,
-    *,
-    policy: Policy = "auto",
-    strategy: str | Strategy = "greedy",
-) -> Plan:
-    """A plan for the last window alone, whatever is in place: what DeepSeek's EPLB does."""
-    counts = num_replicas, num_groups, num_nodes, num_gpus
-    return lambda past, placed: rebalance_experts(
-        past[-1], *counts, policy=policy, strategy=strategy
-    )
+    topology: Topology, *, policy: Policy = "auto", strategy: str | Strategy = "greedy"
+) -> Planner:
+    """A planner that uses the last window alone and ignores the plan in place, as DeepSeek's EPLB.
+
+    The arguments are those of `eplb_jax.plan`.
+    """
+    make = partial(plan, topology=topology, policy=policy, strategy=resolve_strategy(strategy))
+    return lambda past, placed: make(past[-1])
 
 
-def _checked(trace: LoadLike, window: int) -> tuple[np.ndarray, int]:
-    as_load(trace, "trace", ("window", "layer", "expert"))
+def timed(
+    make: Callable[[], Placement], *, compiles: bool = True
+) -> tuple[Placement, float, float]:
+    """A plan, the seconds that it took, and the seconds of compilation, which may be zero.
+
+    A call that compiles is made twice: compilation is what the first one took longer.
+    """
+    placement, first = _call(make)
+    if not compiles:
+        return placement, first, 0.0
+    placement, again = _call(make)
+    return placement, again, max(first - again, 0.0)
+
+
+def _call(make: Callable[[], Placement]) -> tuple[Placement, float]:
+    start = perf_counter()
+    placement = jax.block_until_ready(make())
+    return placement, perf_counter() - start
+
+
+def _as_trace(trace: LoadLike, window: int) -> tuple[Float[np.ndarray, "T L E"], int]:
+    as_load(trace, "trace", least_axes=len(LOAD_AXES))
     loads, window = np.asarray(trace, np.float64), as_count("window", window)
     if len(loads) < 2:
         raise ValueError("trace has 1 window; planning from the past needs at least 2")
     if window >= len(loads):
         most = len(loads) - 1
         raise ValueError(
-            f"window={window} leaves none of the {len(loads)} windows to measure; nearest: {most}"
+            f"window={window} leaves nothing to measure in {len(loads)} windows; nearest: {most}"
         )
     return loads, window
 
 
-def timed(make: Callable[[], Placement]) -> tuple[Placement, float]:
-    """A plan, and the seconds until it was there."""
-    start = time.perf_counter()
-    placement = jax.block_until_ready(make())
-    return placement, time.perf_counter() - start
-
-
-def _fetched(
-    old: Int[np.ndarray, "L R"], new: Int[np.ndarray, "L R"], num_gpus: int
-) -> Int[np.ndarray, " L"]:
-    """Slots whose expert their GPU did not hold; those of `moves` that come from another GPU."""
-    layer = np.arange(len(old))[:, None]
-    gpu = np.arange(old.shape[1]) * num_gpus // old.shape[1]
-    held: Bool[np.ndarray, "L G E"] = np.zeros((len(old), num_gpus, old.max() + 1), bool)
-    held[layer, gpu, old] = True
-    return np.sum(~held[layer, gpu, new], axis=1)
-
-
-def _measured(
-    gpu_load: np.ndarray, moves: np.ndarray, seconds: np.ndarray, compile_seconds: float = 0.0
+def _measure(
+    gpu_load: np.ndarray, counts: np.ndarray, seconds: np.ndarray, compile_seconds: float = 0.0
 ) -> Replay:
-    mean = gpu_load.mean(axis=2, keepdims=True)
-    relative = np.divide(gpu_load, mean, out=np.ones(gpu_load.shape), where=mean > 0)
-    imbalance = np.maximum(relative.max(axis=2) - 1, 0)
-    return Replay(relative, imbalance, moves, seconds, compile_seconds)
+    mean = gpu_load.mean(axis=-1, keepdims=True)
+    relative = np.divide(gpu_load, mean, out=np.ones_like(gpu_load), where=mean > 0)
+    imbalance = np.asarray(balance_of(jnp.asarray(gpu_load, jnp.float32)).imbalance, np.float64)
+    return Replay(relative, imbalance, counts, seconds, compile_seconds)

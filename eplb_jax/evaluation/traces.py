@@ -1,10 +1,8 @@
-"""Synthetic traces: loads that change over windows in a known way.
+"""Synthetic traces: loads whose skew and change over windows are chosen.
 
-For tests and comparisons where no measured trace will do: how skewed the loads are, and how they
-change, is chosen, not found.
+For tests and comparisons that no measured trace can serve.
 """
 
-import math
 from collections.abc import Callable
 from typing import Literal, NamedTuple, SupportsFloat, SupportsIndex, get_args
 
@@ -16,41 +14,41 @@ from eplb_jax.checks import as_count, as_number, check_divides
 Kind = Literal["stationary", "drift", "topics", "bursts"]
 
 _CHANGE = {"drift": 0.1, "topics": 0.1, "bursts": 0.2}
-"""What `change` is unless given."""
+"""Default of `change`."""
 
 _MOST_SKEW = 64
-"""Of log popularity; far beyond it one expert is nothing to the next."""
+"""Maximum skew; far beyond it each expert's load is negligible beside the next larger one."""
 
 _LEAST_LOG = -600.0
-"""Of a popularity, relative to the largest: no share is zero."""
+"""Minimum log popularity relative to the largest, so that no share is zero."""
 
 _TOLERANCE = 0.01
-"""How far off the balancedness asked for a trace may be: noise makes it jump with the skew."""
+"""Maximum error of the balancedness; sampling noise makes it jump with the skew."""
 
 _CLOSE = 0.001
-"""How far off it is not worth another step."""
+"""Error of the balancedness at which the search stops."""
 
 _SKEWS = (0.0, *np.geomspace(0.5, _MOST_SKEW, 13).tolist())
-"""Tried until one is too large."""
+"""Skews tried in turn, until one is too large."""
 
-_FINE = 0.001
-"""Of a skew: bisection goes no further."""
+_SKEW_STEP = 0.001
+"""Relative width of the bracket at which bisection stops."""
 
 _NEARBY = np.linspace(0.7, 1.4, 141).tolist()
-"""Times the skew found: few tokens make balancedness jump."""
+"""Multiples of the bisected skew tried next; with few tokens, balancedness is not monotone."""
 
 _BURST_EXPERTS = 3
-"""At most, with one burst."""
+"""Maximum number of experts in a burst."""
 
 _BURST_WINDOWS = 4
-"""At most, of one burst."""
+"""Maximum number of windows in a burst."""
 
 _BURST_LOAD = (3, 8)
-"""What the load of an expert is multiplied by, from and to."""
+"""Range of the factor that a burst multiplies a load by."""
 
 
 class _Process(NamedTuple):
-    """Popularity is the mixture of the shares that topics give experts, each shifted in logs."""
+    """What defines the popularities: a mixture over topics, and a shift of their logarithms."""
 
     log_popularity: Float[np.ndarray, "topics L E"]
     mixture: Float[np.ndarray, "T topics"]
@@ -72,42 +70,41 @@ def generate(
     topics: SupportsIndex = 4,
     seed: SupportsIndex = 0,
 ) -> Int64[np.ndarray, "T L E"]:
-    """Draw the tokens routed to every expert in every window.
+    """The number of tokens routed to every expert in every window.
 
-    Experts have popularities, lognormal and independent, in all kinds; kinds differ in how these
-    change from window to window:
+    The popularities of experts are lognormal and independent. Kinds differ in how they change from
+    window to window:
 
     - stationary: not at all; windows differ by sampling noise.
     - drift: the log popularity of every expert does a random walk of its own.
-    - topics: every topic has popularities of its own, and the mixture of topics, the same for all
-      layers, changes: in every window a part of it gives way to one topic drawn at random.
-    - bursts: now and then one to three experts of a layer get 3 to 8 times their load, for one to
-      four windows.
+    - topics: every topic has its own popularities. The mixture of topics is the same for all
+      layers; in every window a part of it is replaced by one topic drawn at random.
+    - bursts: at random times one to three experts of a layer get 3 to 8 times their load, for one
+      to four windows.
 
     Every layer of every window adds up to `tokens` times `top_k`. No expert gets more than
-    `tokens`, as the `top_k` experts of a token are distinct: shares above 1 / `top_k` are cut to
-    it and the others grow in proportion. Equal arguments give equal traces.
+    `tokens`, as the `top_k` experts of a token are distinct: shares are capped at 1 / `top_k`, and
+    the others grow in proportion. Equal arguments give equal traces.
 
     Args:
         kind: One of the above.
         num_windows: T.
         num_layers: L.
         num_experts: E.
-        tokens: In a window.
+        tokens: Tokens of a window.
         top_k: Experts of a token; at most E.
         skew: Standard deviation of log popularity, 0 to 64; with drift, that of the first window.
             Not used with `balancedness`.
-        balancedness: Instead of `skew`: what mean GPU / heaviest GPU shall be, in the mean over
-            windows and layers, where no expert is replicated and experts lie in order. Met to
-            within 0.01, mostly 0.001. Found by bisection, as popularities are the same draws
-            scaled whatever the skew.
-        num_gpus: G, for `balancedness`: E / G experts lie on each. None: E.
+        balancedness: Instead of `skew`: the mean over windows and layers of mean / max GPU load,
+            without replicas and with experts in order. The skew is found by bisection, to an error
+            of at most 0.01, mostly 0.001.
+        num_gpus: G, for `balancedness`: each GPU has E / G experts. None: E.
         change: How much changes in a window. Drift: standard deviation of the step of a log
-            popularity, 0 to 64, by default 0.1. Topics: part of the mixture that is renewed, 0
+            popularity, 0 to 64, by default 0.1. Topics: part of the mixture that is replaced, 0
             to 1, by default 0.1. Bursts: probability that one starts in a layer, 0 to 1, by
             default 0.2. Stationary: None.
-        topics: How many, for that kind.
-        seed: Of all draws; not negative.
+        topics: Number of topics, for that kind.
+        seed: Seed of all draws; not negative.
 
     Returns:
         Counts of routed tokens, oldest window first.
@@ -148,20 +145,16 @@ def generate(
 
     def trace(skew: float) -> Int64[np.ndarray, "T L E"]:
         share = _share(process, skew, top_k)
-        return _sampled(share, tokens, top_k, np.random.default_rng(sampling))
+        return _sample(share, tokens, top_k, np.random.default_rng(sampling))
 
     if balancedness is None:
         return trace(skew)
-    return _balanced(trace, _number("balancedness", balancedness), num_gpus)
+    return _with_balancedness(trace, _number("balancedness", balancedness, 0, 1), num_gpus)
 
 
-def _number(
-    name: str, value: SupportsFloat, least: float = -math.inf, most: float = math.inf
-) -> float:
+def _number(name: str, value: SupportsFloat, least: float, most: float) -> float:
     number = as_number(name, value)
-    if math.isnan(number) and math.isinf(most):
-        raise ValueError(f"{name}={number} is not a number")
-    if not least <= number <= most:
+    if not least <= number <= most:  # as NaN is not
         nearest = min(most, max(least, number))
         raise ValueError(f"{name}={number} is not from {least} to {most}; nearest: {nearest}")
     return number
@@ -210,9 +203,9 @@ def _mixture(
 def _bursts(
     shape: tuple[int, int, int], change: float, rng: np.random.Generator
 ) -> Float[np.ndarray, "T L E"]:
-    """The log of what loads are multiplied by; where bursts meet, the larger counts."""
+    """The log of the factors that loads are multiplied by; the larger where bursts overlap."""
     num_windows, num_layers, num_experts = shape
-    before = _BURST_WINDOWS - 1  # so that the first window is in the middle of bursts too
+    before = _BURST_WINDOWS - 1  # bursts may have begun before the first window
     factor = np.ones((before + num_windows, num_layers, num_experts))
     for t, layer in np.argwhere(rng.random(factor.shape[:2]) < change):
         hit = min(rng.integers(1, _BURST_EXPERTS, endpoint=True), num_experts)
@@ -224,28 +217,28 @@ def _bursts(
 
 
 def _share(process: _Process, skew: float, top_k: int) -> Float[np.ndarray, "T L E"]:
-    """The expected part of every expert in the load of its layer."""
+    """The expected share of every expert in the load of its layer."""
     log = skew * process.log_popularity + process.shift[:, None]
-    return np.sum(process.mixture[:, :, None, None] * _capped(log, top_k), axis=1)
+    return np.sum(process.mixture[:, :, None, None] * _capped_shares(log, top_k), axis=1)
 
 
-def _capped(log: Float[np.ndarray, "... E"], top_k: int) -> Float[np.ndarray, "... E"]:
-    """Shares in proportion to popularity, but none above 1 / top_k."""
+def _capped_shares(log: Float[np.ndarray, "... E"], top_k: int) -> Float[np.ndarray, "... E"]:
+    """Shares in proportion to popularity, capped at 1 / top_k."""
     popularity = np.exp(np.maximum(log - log.max(axis=-1, keepdims=True), _LEAST_LOG))
-    rising = np.sort(popularity, axis=-1)
-    # Of the i-th heaviest and all lighter ones; adding up from the lightest loses nothing.
-    rest = np.cumsum(rising, axis=-1)[..., ::-1]
+    ascending = np.sort(popularity, axis=-1)
+    # The sum of the i-th most popular and all less popular experts, smallest first for accuracy.
+    rest = np.cumsum(ascending, axis=-1)[..., ::-1]
     place = np.arange(log.shape[-1])
-    fits = rising[..., ::-1] * (top_k - place) <= rest
+    fits = ascending[..., ::-1] * (top_k - place) <= rest
     full = np.argmax(fits, axis=-1)[..., None]
     scale = (top_k - full) / (top_k * np.take_along_axis(rest, full, axis=-1))
     return np.minimum(popularity * scale, 1 / top_k)
 
 
-def _sampled(
+def _sample(
     share: Float[np.ndarray, "T L E"], tokens: int, top_k: int, rng: np.random.Generator
 ) -> Int64[np.ndarray, "T L E"]:
-    """Multinomial counts; what noise puts on an expert above `tokens` is drawn again."""
+    """Multinomial counts; the excess of an expert over `tokens` is drawn again."""
     load = rng.multinomial(tokens * top_k, share)
     while True:
         excess = np.maximum(load - tokens, 0).sum(axis=-1)
@@ -253,42 +246,47 @@ def _sampled(
         if not over.any():
             return load
         load = np.minimum(load, tokens)
-        # Every round fills at least one expert more.
+        # Every round fills at least one more expert.
         free = np.where(load[over] < tokens, share[over], 0)
         load[over] += rng.multinomial(excess[over], free / free.sum(axis=-1, keepdims=True))
 
 
-def _balanced(
+def _with_balancedness(
     trace: Callable[[float], Int64[np.ndarray, "T L E"]], target: float, num_gpus: int
 ) -> Int64[np.ndarray, "T L E"]:
-    """The trace of that balancedness, by bisection over skew and then a look around."""
-    nearest, found = math.inf, None
+    """The trace of that balancedness: bisection over the skew, then a scan around the result."""
+    reached: dict[float, float] = {}
 
-    def visit(skew: float) -> float:
-        nonlocal nearest, found
-        load = trace(skew)
-        reached = balancedness_of(load, num_gpus)
-        if found is None or abs(reached - target) < abs(nearest - target):
-            nearest, found = reached, load
-        return reached
+    def exceeds(skew: float) -> bool:
+        """Whether this skew is more balanced than the target."""
+        reached[skew] = balancedness_of(trace(skew), num_gpus)
+        return reached[skew] > target
 
-    place = next((i for i, skew in enumerate(_SKEWS) if visit(skew) <= target), None)
+    def error(skew: float) -> float:
+        return abs(reached[skew] - target)
+
+    place = next((i for i, skew in enumerate(_SKEWS) if not exceeds(skew)), 0)
     if place:
         low, high = _SKEWS[place - 1 : place + 1]
-        while high - low > _FINE * high:
+        while high - low > _SKEW_STEP * high:
             middle = (low + high) / 2
-            low, high = (middle, high) if visit(middle) > target else (low, middle)
-        for times in _NEARBY:
-            if abs(nearest - target) <= _CLOSE:
+            low, high = (middle, high) if exceeds(middle) else (low, middle)
+        for factor in _NEARBY:
+            if min(map(error, reached)) <= _CLOSE:
                 break
-            visit(times * high)
-    if found is None or abs(nearest - target) > _TOLERANCE:
-        raise ValueError(f"balancedness={target} cannot be reached; nearest: {nearest:.4g}")
-    return found
+            exceeds(factor * high)
+    nearest = min(reached, key=error)
+    if error(nearest) > _TOLERANCE:
+        raise ValueError(
+            f"balancedness={target} cannot be reached; nearest: {reached[nearest]:.4g}"
+        )
+    return trace(nearest)
 
 
 def balancedness_of(load: Int64[np.ndarray, "T L E"], num_gpus: int) -> float:
-    """Mean / heaviest GPU with experts in order, in the mean over windows and layers.
+    """Mean / max GPU load with experts in order, mean over windows and layers.
+
+    In float64 and without JAX, so that traces do not depend on the backend.
 
     Example:
         >>> balancedness_of(np.array([[[3, 1, 2, 2]]]), 2)
