@@ -223,6 +223,6 @@ def test_numbers_out_of_range(options, message):
         ({"balancedness": [1, 2]}, r"balancedness must be a number, got \[1, 2\]"),
     ],
 )
-def test_what_is_no_number(options, message):
+def test_arguments_that_are_not_numbers(options, message):
     with pytest.raises(TypeError, match=message):
         generate("stationary", 2, 2, 16, **options)

@@ -69,10 +69,8 @@ def picture_of_replays(
     with _figure(10, 7.5) as figure:
         grid = figure.add_gridspec(2, 2, height_ratios=(1.2, 1), hspace=0.06)
         lines = figure.add_subplot(grid[0, :])
-        _draw_lines(lines, results, shown[1], without, window)
-        lines.set_xlabel(time)
-        handles = lines.get_legend_handles_labels()
-        figure.legend(*handles, loc="outside upper left", ncols=5, frameon=False)
+        _draw_lines(lines, results, shown[1], without, window, time)
+        figure.legend(loc="outside upper left", ncols=5, frameon=False)
         layer = int(np.argmax(results[without].imbalance.mean(axis=0)))
         maps = [results[name].gpu_load[:, layer] for name in shown]
         # Symmetric about 1, so that the mean GPU is white.
@@ -97,7 +95,7 @@ def picture_of_replays(
 
 
 def _draw_lines(
-    axes: Axes, results: Mapping[str, Replay], other: str, without: str, window: int
+    axes: Axes, results: Mapping[str, Replay], other: str, without: str, window: int, time: str
 ) -> None:
     axes.set_prop_cycle(color=_LINES)
     styles = {other: {"color": "#d62728"}, without: {"color": "#8f8f8f", "linestyle": "--"}}
@@ -106,9 +104,9 @@ def _draw_lines(
         marker = "o" if heights.size == 1 else ""
         (line,) = axes.plot(window + np.arange(heights.size), heights, marker, label=name)
         line.set(linewidth=1.8, **styles.get(name, {}))
-    axes.set_ylabel("imbalance, mean over layers")
     title = "Max / mean GPU load - 1 in the windows after a plan"
     axes.set_title(title, fontsize=10, loc="left")
+    axes.set(ylabel="imbalance, mean over layers", xlabel=time)
     axes.yaxis.set_major_formatter(PercentFormatter(1))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.set_xlim(window - 0.5, window + len(means[without]) - 0.5)

@@ -16,7 +16,7 @@ from typer import Context, Option
 from eplb_jax.cli.arguments import Gpus, Groups, Load, Nodes, Plot, PolicyName, Replicas, read
 from eplb_jax.cli.files import check_drawable, check_writable, write_figure, write_whole
 from eplb_jax.evaluation.metrics import Balance, balance, balance_of, gap, gpu_loads_in_order
-from eplb_jax.evaluation.replay import timed
+from eplb_jax.evaluation.replay import time_plan
 from eplb_jax.planning.plan import Policy, resolve_policy
 from eplb_jax.planning.plan import plan as make_plan
 from eplb_jax.planning.strategies import STRATEGIES
@@ -49,7 +49,7 @@ def plan(
     topology = Topology.of_replicas(num_replicas, num_gpus, num_nodes, num_groups)
     chosen = resolve_policy(cast(Policy, policy), num_groups, num_nodes)
     options = {"policy": chosen, "strategy": strategy, "key": jax.random.key(seed)}
-    placement, seconds, compile_seconds = timed(partial(make_plan, loads, topology, **options))
+    placement, seconds, compile_seconds = time_plan(partial(make_plan, loads, topology, **options))
     before = balance_of(jnp.asarray(gpu_loads_in_order(loads, num_gpus), jnp.float32))
     after = balance(loads, placement, topology)
     console = Console(highlight=False)

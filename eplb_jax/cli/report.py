@@ -14,7 +14,7 @@ from eplb_jax.evaluation.replay import Replay
 
 COLUMNS = {
     "imbalance_mean": ("imbalance\nmean", "{:.2%}"),
-    "imbalance_p95": ("95th", "{:.1%}"),
+    "imbalance_p95": ("p95", "{:.1%}"),
     "imbalance_worst": ("worst", "{:.1%}"),
     "moves_mean": ("slots\nmoved", "{:.1f}"),
     "moves_share": ("share", "{:.1%}"),
@@ -39,20 +39,17 @@ def summary(result: Replay, num_replicas: int) -> dict[str, float | None]:
 
 
 def table(
-    results: Mapping[str, Replay],
-    shape: Sequence[int],
-    num_replicas: int,
-    window: int,
-    every: int,
+    results: Mapping[str, Replay], arguments: Mapping[str, Any], shape: Sequence[int]
 ) -> Table:
-    """A row for every replay."""
-    num_windows, num_layers, num_experts = shape
-    measured = _windows(num_windows - window)
+    """A row for every replay of a trace of that shape."""
+    every, window = arguments["every"], arguments["window"]
+    interval = "window" if every == 1 else f"{every} windows"
+    measured = f"{shape[0] - window} window{'s' * (shape[0] - window > 1)}"
     rows = Table(
-        title=f"{num_layers} layers x {num_experts} experts, {measured}, "
-        f"a plan every {'window' if every == 1 else _windows(every)} from the {window} before",
-        caption="imbalance: max / mean GPU load - 1 in the windows after a plan, with its 95th\n"
-        "percentile; slots moved: from another GPU, per layer and plan; plan: the median",
+        title=f"{shape[1]} layers x {shape[2]} experts, {measured}, "
+        f"a plan every {interval} from the {window} before",
+        caption="imbalance: max / mean GPU load - 1, over layers and the windows after a plan;\n"
+        "slots moved: from another GPU, per layer and plan; plan: the median time",
         title_justify="left",
         caption_justify="left",
         box=box.SIMPLE_HEAD,
@@ -63,14 +60,10 @@ def table(
     for header, _ in COLUMNS.values():
         rows.add_column(header, justify="right", vertical="bottom")
     for name, result in results.items():
-        values = summary(result, num_replicas)
+        values = summary(result, arguments["num_replicas"])
         shown = ((form, values[key]) for key, (_, form) in COLUMNS.items())
         rows.add_row(name, *("" if x is None else form.format(x) for form, x in shown))
     return rows
-
-
-def _windows(count: int) -> str:
-    return "1 window" if count == 1 else f"{count} windows"
 
 
 def report(

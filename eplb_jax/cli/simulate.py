@@ -65,26 +65,27 @@ def simulate(
     order = np.arange(len(counts))
     if shuffle is not None:
         order = np.random.default_rng(shuffle).permutation(len(counts))
+        counts = counts[order]
     topology = Topology.of_replicas(num_replicas, num_gpus, num_nodes, num_groups)
     names = tuple(dict.fromkeys(strategy or ["auto"]))
-    checked = cast(Policy, policy)  # when the first plan is made
+    checked = cast(Policy, policy)  # by the first plan
     limits = {"keep": keep, "max_moves": max_moves, "move_penalty": move_penalty}
     planners = {x: plan_from_windows(topology, policy=checked, strategy=x, **limits) for x in names}
     planners[LAST_WINDOW] = plan_from_last_window(topology, policy=checked)
-    none = without_balancer(counts[order], topology, window=window)
+    none = without_balancer(counts, topology, window=window)
     results = {}
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         for name, planner in planners.items():
             advance = partial(bar.advance, bar.add_task(name, total=len(none.imbalance)))
             results[name] = replay(
-                counts[order], planner, topology, window=window, every=every, on_window=advance
+                counts, planner, topology, window=window, every=every, on_window=advance
             )
     results[NO_BALANCER] = none
-    Console(stderr=to_stdout).print(table(results, counts.shape, num_replicas, window, every))
+    arguments = {k: v for k, v in ctx.params.items() if k not in ("plot", "json_file")}
+    arguments["strategy"] = names
+    Console(stderr=to_stdout).print(table(results, arguments, counts.shape))
     if json_file is not None:
-        arguments = {k: v for k, v in ctx.params.items() if k not in ("plot", "json_file")}
-        arguments["strategy"] = names
         text = report(results, arguments, counts.shape, order[window:])
         if to_stdout:
             echo(text)

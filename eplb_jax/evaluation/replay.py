@@ -89,7 +89,7 @@ def replay(
     placed, gpu_load, moved, seconds, compiling = None, [], [], [], 0.0
     for t in range(window, len(loads), every):
         make = partial(planner, loads[t - window : t], placed)
-        new, took, compiled = timed(make, compiles=len(seconds) < 2)
+        new, took, compiled = time_plan(make, compiles=len(seconds) < 2)
         seconds.append(took)
         compiling += compiled
         gpu_load.append(gpu_loads(loads[t : t + every], new, topology))
@@ -158,7 +158,7 @@ def plan_from_last_window(
     return lambda past, placed: make(past[-1])
 
 
-def timed(
+def time_plan(
     make: Callable[[], Placement], *, compiles: bool = True
 ) -> tuple[Placement, float, float]:
     """A plan, the seconds that it took, and the seconds of compilation, which may be zero.
