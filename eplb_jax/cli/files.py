@@ -31,7 +31,7 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Write a file beside `path`, and rename it when it is complete."""
     part = path.absolute().with_name(f".{path.name}.{os.getpid()}")
     try:
-        with part.open("xb") as file:
+        with part.open("wb") as file:
             write(file)
         part.replace(path)
     finally:

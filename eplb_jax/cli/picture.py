@@ -1,9 +1,7 @@
 """Pictures of a plan and of a simulation."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 
-import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
@@ -20,36 +18,30 @@ _MIN_RANGE = 0.05
 """Minimum half range of the color scale."""
 
 
-@contextmanager
-def _figure(width: float, height: float) -> Iterator[Figure]:
-    with mpl.rc_context({"axes.spines.top": False, "axes.spines.right": False}):
-        yield Figure(figsize=(width, height), layout="constrained")
-
-
 def picture_of_plan(before: Balance, after: Balance) -> Figure:
     """GPU loads of the layer that is worst without a balancer, and max loads of all layers.
 
     Relative to the mean GPU of a layer; mean over windows.
     """
-    with _figure(10, 6) as figure:
-        ratios = [_relative(np.asarray(x.gpu_load)) for x in (before, after)]
-        layer = int(np.argmax(ratios[0].max(axis=2).mean(axis=0)))
-        one, every = figure.subplots(2, 1)
-        titles = (
-            f"GPUs of layer {layer}, the worst without a balancer",
-            "Most loaded GPU of every layer",
-        )
-        for axes, title, xlabel in zip((one, every), titles, ("GPU", "layer"), strict=True):
-            axes.set(title=title, xlabel=xlabel, ylabel="GPU load / mean GPU")
-            axes.axhline(1, color="black", linewidth=0.8, zorder=3)
-            axes.margins(x=0.01)
-        bars = (-0.2, "no balancer", "#b9b9b9"), (0.2, "plan", "#1f77b4")
-        for (shift, label, color), ratio in zip(bars, ratios, strict=True):
-            for axes, heights in ((one, ratio[:, layer]), (every, ratio.max(axis=2))):
-                place = np.arange(heights.shape[1]) + shift
-                axes.bar(place, heights.mean(axis=0), 0.4, color=color, label=label)
-        one.legend(frameon=False, loc="upper right")
-    return figure
+    figure = Figure(figsize=(10, 6), layout="constrained")
+    ratios = [_relative(np.asarray(x.gpu_load)) for x in (before, after)]
+    layer = int(np.argmax(ratios[0].max(axis=2).mean(axis=0)))
+    one, every = figure.subplots(2, 1)
+    titles = (
+        f"GPUs of layer {layer}, the worst without a balancer",
+        "Most loaded GPU of every layer",
+    )
+    for axes, title, xlabel in zip((one, every), titles, ("GPU", "layer"), strict=True):
+        axes.set(title=title, xlabel=xlabel, ylabel="GPU load / mean GPU")
+        axes.axhline(1, color="black", linewidth=0.8, zorder=3)
+        axes.margins(x=0.01)
+    bars = (-0.2, "no balancer", "#b9b9b9"), (0.2, "plan", "#1f77b4")
+    for (shift, label, color), ratio in zip(bars, ratios, strict=True):
+        for axes, heights in ((one, ratio[:, layer]), (every, ratio.max(axis=2))):
+            place = np.arange(heights.shape[1]) + shift
+            axes.bar(place, heights.mean(axis=0), 0.4, color=color, label=label)
+    one.legend(frameon=False, loc="upper right")
+    return _without_frames(figure)
 
 
 def _relative(gpu_load: np.ndarray) -> np.ndarray:
@@ -66,31 +58,37 @@ def picture_of_replays(
 
     The heat maps are of the layer that is worst in the result `without`, mean over windows.
     """
-    with _figure(10, 7.5) as figure:
-        grid = figure.add_gridspec(2, 2, height_ratios=(1.2, 1), hspace=0.06)
-        lines = figure.add_subplot(grid[0, :])
-        _draw_lines(lines, results, shown[1], without, window, time)
-        figure.legend(loc="outside upper left", ncols=5, frameon=False)
-        layer = int(np.argmax(results[without].imbalance.mean(axis=0)))
-        maps = [results[name].gpu_load[:, layer] for name in shown]
-        # Symmetric about 1, so that the mean GPU is white.
-        half = max(_MIN_RANGE, *(float(np.abs(x - 1).max()) for x in maps))
-        norm = Normalize(1 - half, 1 + half)
-        left = figure.add_subplot(grid[1, 0])
-        both = left, figure.add_subplot(grid[1, 1], sharey=left)
-        for axes, name, loads in zip(both, shown, maps, strict=True):
-            axes.set_title(name, fontsize=10, loc="left")
-            axes.set_xlabel(time)
-            num_windows, num_gpus = loads.shape
-            box = (window - 0.5, window + num_windows - 0.5, num_gpus - 0.5, -0.5)
-            axes.imshow(loads.T, _COLORS, norm, extent=box, aspect="auto", interpolation="nearest")
-            for axis in (axes.xaxis, axes.yaxis):
-                axis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-        left.set_ylabel(f"GPU of layer {layer},\nthe worst without a balancer")
-        both[1].tick_params(labelleft=False)
-        colors = ScalarMappable(norm, _COLORS)
-        bar = figure.colorbar(colors, ax=both, label="GPU load / mean GPU", pad=0.02)
-        bar.ax.set_ylim(max(0.0, 1 - half), 1 + half)
+    figure = Figure(figsize=(10, 7.5), layout="constrained")
+    grid = figure.add_gridspec(2, 2, height_ratios=(1.2, 1), hspace=0.06)
+    lines = figure.add_subplot(grid[0, :])
+    _draw_lines(lines, results, shown[1], without, window, time)
+    figure.legend(loc="outside upper left", ncols=5, frameon=False)
+    layer = int(np.argmax(results[without].imbalance.mean(axis=0)))
+    maps = [results[name].gpu_load[:, layer] for name in shown]
+    # Symmetric about 1, so that the mean GPU is white.
+    half = max(_MIN_RANGE, *(float(np.abs(x - 1).max()) for x in maps))
+    norm = Normalize(1 - half, 1 + half)
+    left = figure.add_subplot(grid[1, 0])
+    both = left, figure.add_subplot(grid[1, 1], sharey=left)
+    for axes, name, loads in zip(both, shown, maps, strict=True):
+        axes.set_title(name, fontsize=10, loc="left")
+        axes.set_xlabel(time)
+        num_windows, num_gpus = loads.shape
+        box = (window - 0.5, window + num_windows - 0.5, num_gpus - 0.5, -0.5)
+        axes.imshow(loads.T, _COLORS, norm, extent=box, aspect="auto", interpolation="nearest")
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    left.set_ylabel(f"GPU of layer {layer},\nthe worst without a balancer")
+    both[1].tick_params(labelleft=False)
+    colors = ScalarMappable(norm, _COLORS)
+    bar = figure.colorbar(colors, ax=both, label="GPU load / mean GPU", pad=0.02)
+    bar.ax.set_ylim(max(0.0, 1 - half), 1 + half)
+    return _without_frames(figure)
+
+
+def _without_frames(figure: Figure) -> Figure:
+    for axes in figure.axes:
+        axes.spines[["top", "right"]].set_visible(False)
     return figure
 
 
