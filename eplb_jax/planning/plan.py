@@ -347,8 +347,8 @@ def _limited(
         search = topology if hierarchical else Topology(topology.num_gpus, topology.slots)
         new = _fresh(load, key, topology=search, strategy=strategy)
         fresh = relabel(new, old.phy2log, **nodes).phy2log
-        moves, off = plan_cost(windows, fresh, old.phy2log, num_gpus=topology.num_gpus)
-        better = (moves <= max_moves) & (off + penalty * moves.astype(jnp.float32) < cost)
+        moves, fresh_cost = plan_cost(windows, fresh, old.phy2log, penalty, topology=topology)
+        better = (moves <= max_moves) & (fresh_cost < cost)
         expert = jnp.where(better[:, None], fresh, expert)
     same = jnp.all(expert == old.phy2log, axis=1, keepdims=True)
     rank = jnp.where(same, ranks_listed(old), ranks_in(expert))

@@ -1,4 +1,4 @@
-"""The assignment problem: rows to columns, largest total value."""
+"""The assignment problem: rows to columns, maximum total value."""
 
 from typing import NamedTuple
 
@@ -8,14 +8,31 @@ from jaxtyping import Array, Bool, Int32
 
 from eplb_jax.arrays import first_equal
 
-_FAR = 1 << 29
+MAX_TOTAL = 1 << 29
+"""Limit of n * max(value) up to which prices stay in int32."""
+
+_FAR = 1 << 30
+
+
+class _Matching(NamedTuple):
+    """The row of every column, -1 where it has none, and the prices that prove it optimal."""
+
+    row: Int32[Array, " n"]
+    row_price: Int32[Array, " n"]
+    column_price: Int32[Array, " n"]
 
 
 class _Tree(NamedTuple):
-    """Shortest paths from a free row: the rows and columns reached, and the column reached last.
+    """Shortest paths from a free row.
 
-    ``slack`` is how much a column is from being reached, ``parent`` the reached column before it;
-    `n` stands for the free row itself.
+    Attributes:
+        row_price: Price of every row.
+        column_price: Price of every column.
+        slack: Distance of every column from the tree.
+        parent: The column before it on its path; n stands for the free row.
+        rows: Whether a row is in the tree.
+        columns: Whether a column is in the tree.
+        column: The column that is added next; n at the start.
     """
 
     row_price: Int32[Array, " n"]
@@ -27,25 +44,29 @@ class _Tree(NamedTuple):
     column: Int32[Array, ""]
 
 
-class _Matching(NamedTuple):
-    """The row of every column, -1 where there is none; prices that prove it optimal."""
-
-    row: Int32[Array, " n"]
-    row_price: Int32[Array, " n"]
-    column_price: Int32[Array, " n"]
-
-
 class _Path(NamedTuple):
-    """Rows that are moved along a path, from its last column."""
+    """The matching so far, and the next column of the path to reassign."""
 
     row: Int32[Array, " n"]
     column: Int32[Array, ""]
 
 
 def assignment(value: Int32[Array, "n n"]) -> Int32[Array, " n"]:
-    """The column of every row, all distinct, whose values add up to most.
+    """The column of every row, all distinct, of maximum total value.
 
-    Successive shortest paths, O(n^3); batched, every row waits for the slowest layer.
+    Maximises ``sum_i value[i, column[i]]`` over permutations, exactly, by successive shortest
+    paths. Deterministic, ties included. O(n^3); under `jax.vmap` all wait for the slowest.
+
+    Args:
+        value: Non-negative, with n * max(value) at most `MAX_TOTAL`.
+
+    Returns:
+        The column of every row, int32 [n].
+
+    Example:
+        >>> value = jnp.array([[4, 1, 3], [2, 0, 5], [3, 2, 2]], jnp.int32)
+        >>> assignment(value).tolist()
+        [0, 2, 1]
 
     References:
         H. W. Kuhn, "The Hungarian method for the assignment problem", Naval Research Logistics
@@ -53,44 +74,62 @@ def assignment(value: Int32[Array, "n n"]) -> Int32[Array, " n"]:
         dense and sparse linear assignment problems", Computing 38, 1987.
     """
     n = value.shape[0]
+    zero = jnp.zeros(n, jnp.int32)
+    if n == 0:
+        return zero
+
+    def add(row: Array | int, matching: _Matching) -> _Matching:
+        return _add_row(value, jnp.asarray(row, jnp.int32), matching)
+
+    row = lax.fori_loop(0, n, add, _Matching(zero - 1, zero, zero)).row
+    return zero.at[row].set(jnp.arange(n, dtype=jnp.int32))
+
+
+def _add_row(value: Int32[Array, "n n"], free: Int32[Array, ""], matching: _Matching) -> _Matching:
+    """Match one more row, along the shortest path to a free column."""
+    n = value.shape[0]
     index = jnp.arange(n, dtype=jnp.int32)
 
-    def add(free: Array | int, matching: _Matching) -> _Matching:
-        def grow(tree: _Tree) -> _Tree:
-            start = tree.column == n
-            row = jnp.where(start, jnp.asarray(free, jnp.int32), matching.row[tree.column % n])
-            rows, columns = tree.rows | (index == row), tree.columns | (index == tree.column)
-            slack = -value[row] - tree.row_price[row] - tree.column_price
-            nearer = ~columns & (slack < tree.slack)
-            slack = jnp.where(nearer, slack, tree.slack)
-            open_slack = jnp.where(columns, _FAR, slack)
-            least = jnp.min(open_slack)
-            return _Tree(
-                tree.row_price + jnp.where(rows, least, 0),
-                tree.column_price - jnp.where(columns, least, 0),
-                slack - jnp.where(columns, 0, least),
-                jnp.where(nearer, tree.column, tree.parent),
-                rows,
-                columns,
-                first_equal(open_slack, least),
-            )
+    def row_of(row: Array, column: Array) -> Array:
+        return jnp.where(column == n, free, row[column % n])
 
-        def matched(tree: _Tree) -> Array:
-            return (tree.column == n) | (matching.row[tree.column % n] >= 0)
+    def grow(tree: _Tree) -> _Tree:
+        row = row_of(matching.row, tree.column)
+        rows, columns = tree.rows | (index == row), tree.columns | (index == tree.column)
+        slack = -value[row] - tree.row_price[row] - tree.column_price
+        nearer = ~columns & (slack < tree.slack)
+        slack = jnp.where(nearer, slack, tree.slack)
+        open_slack = jnp.where(columns, _FAR, slack)
+        least = jnp.min(open_slack)
+        return _Tree(
+            tree.row_price + jnp.where(rows, least, 0),
+            tree.column_price - jnp.where(columns, least, 0),
+            slack - jnp.where(columns, 0, least),
+            jnp.where(nearer, tree.column, tree.parent),
+            rows,
+            columns,
+            first_equal(open_slack, least),
+        )
 
-        far, root = jnp.full(n, _FAR, jnp.int32), jnp.full(n, n, jnp.int32)
-        none = jnp.zeros(n, bool)
-        root = _Tree(*matching[1:], far, root, none, none, jnp.asarray(n, jnp.int32))
-        tree = lax.while_loop(matched, grow, root)
+    def is_matched(tree: _Tree) -> Array:
+        return row_of(matching.row, tree.column) >= 0
 
-        def shift(path: _Path) -> _Path:
-            before = tree.parent[path.column]
-            row = jnp.where(before == n, jnp.asarray(free, jnp.int32), path.row[before % n])
-            return _Path(jnp.where(index == path.column, row, path.row), before)
+    def reassign(path: _Path) -> _Path:
+        before = tree.parent[path.column]
+        row = row_of(path.row, before)
+        return _Path(jnp.where(index == path.column, row, path.row), before)
 
-        path = lax.while_loop(lambda p: p.column < n, shift, _Path(matching.row, tree.column))
-        return _Matching(path.row, tree.row_price, tree.column_price)
-
-    zero = jnp.zeros(n, jnp.int32)
-    row = lax.fori_loop(0, n, add, _Matching(zero - 1, zero, zero)).row
-    return jnp.zeros(n, jnp.int32).at[row].set(index)
+    none, start = jnp.zeros(n, bool), jnp.asarray(n, jnp.int32)
+    root = _Tree(
+        matching.row_price,
+        matching.column_price,
+        jnp.full(n, _FAR, jnp.int32),
+        jnp.full(n, n, jnp.int32),
+        none,
+        none,
+        start,
+    )
+    tree = lax.while_loop(is_matched, grow, root)
+    last = _Path(matching.row, tree.column)
+    row = lax.while_loop(lambda path: path.column < n, reassign, last).row
+    return _Matching(row, tree.row_price, tree.column_price)

@@ -1,59 +1,73 @@
 """A better plan within a few moves of the one in place.
 
-From the old plan, step by step: the exchange of two slots, or the change of one slot to another
-expert, that evens loads most for each copy that has to be fetched. Plans on the way are compared
-by imbalance + price x moves, and the best is kept.
+Every step swaps two slots or changes the expert of one: what lowers the sum of squared GPU loads
+most for each move. Of the plans on the way, the one of least imbalance + penalty * moves is
+returned. A move is a slot with an expert that its GPU did not have in the old plan.
+
+Loads are whole numbers, and floats are added in a fixed order: the plan of a layer does not depend
+on the layers planned with it.
 """
 
-from functools import partial, reduce
+from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int32
 
-from eplb_jax.arrays import unfused
-from eplb_jax.transition.relabel import slots_kept
+from eplb_jax.arrays import LOAD_BITS, fixed_point, normalise
+from eplb_jax.transition.relabel import replicas_on_gpus, slots_kept
 from eplb_jax.types import Topology
 
-_NEVER = float(np.finfo(np.float32).max)
+_SPARE_STEPS = 8
+"""Number of steps beyond max_moves, for steps that find nothing or need no move."""
+
+
+class _View(NamedTuple):
+    """A plan on the way and its loads, in units that add up to less than 2^30 a window.
+
+    Attributes:
+        units: Load of every expert.
+        held: Whether a GPU has the expert in the old plan.
+        expert: The expert in every slot.
+        placed: Number of replicas of an expert on a GPU.
+        replicas: Number of replicas of an expert.
+        value: Load of every slot.
+        load: Load of every GPU.
+        above: The same less the mean.
+        moves: Number of moves from the old plan.
+        left: How many more moves there may be.
+    """
+
+    units: Float[Array, "T E"]
+    held: Bool[Array, "m E"]
+    expert: Int32[Array, "m c"]
+    placed: Int32[Array, "m E"]
+    replicas: Int32[Array, " E"]
+    value: Int32[Array, "T m c"]
+    load: Int32[Array, "T m"]
+    above: Int32[Array, "T m"]
+    moves: Int32[Array, ""]
+    left: Int32[Array, ""]
 
 
 class _Walk(NamedTuple):
-    """A plan on the way, the best so far, and how many steps have found nothing since."""
+    """The plan on the way, the best so far with its cost, and steps without success in a row."""
 
     expert: Int32[Array, "m c"]
     best: Int32[Array, "m c"]
     cost: Float[Array, ""]
+    step: Int32[Array, ""]
     failed: Int32[Array, ""]
 
 
-class _View(NamedTuple):
-    """What a plan comes to.
-
-    ``share`` is what a replica of every expert carries, ``value`` what lies in every slot;
-    ``held`` says which experts lay on which GPU in the old plan, ``left`` how many more may be
-    fetched.
-    """
-
-    load: Float[Array, "T E"]
-    expert: Int32[Array, "m c"]
-    replicas: Float[Array, " E"]
-    share: Float[Array, "T E"]
-    value: Float[Array, "T m c"]
-    loads: Float[Array, "T m"]
-    held: Bool[Array, "m E"]
-    left: Int32[Array, ""]
-
-
 class _Step(NamedTuple):
-    """A change of a plan: what it gains in squares, what it fetches, and the plan after it."""
+    """A plan one step on, the fall of the squares per move, and whether it is within one node."""
 
-    gain: Float[Array, ""]
-    moves: Int32[Array, ""]
     expert: Int32[Array, "m c"]
+    rate: Float[Array, ""]
+    local: Bool[Array, ""]
 
 
 @partial(jax.jit, static_argnames=("topology", "hierarchical"))
@@ -61,192 +75,216 @@ def improve_plan(
     windows: Float[Array, "L T E"],
     old: Int32[Array, "L R"],
     max_moves: Int32[Array, ""],
-    price: Float[Array, ""],
+    penalty: Float[Array, ""],
     *,
     topology: Topology,
     hierarchical: bool,
 ) -> tuple[Int32[Array, "L R"], Float[Array, " L"]]:
-    """The expert in every slot, at most `max_moves` of a layer fetched from another GPU.
+    """The expert in every slot, at most `max_moves` moves a layer from the old plan, and its cost.
 
-    Also imbalance + price x moves of that plan. Experts stay within their nodes.
+    The cost is imbalance + penalty * moves. In a hierarchical plan experts stay on their nodes;
+    otherwise a change inside a node is preferred to an equally good one.
     """
-    num_gpus, num_nodes = topology.num_gpus, topology.num_nodes if hierarchical else 1
-    size = old.shape[1] // num_gpus
+    improve = partial(_improve_layer, topology=topology, hierarchical=hierarchical)
     max_moves = jnp.minimum(max_moves, topology.num_replicas)
-
-    def layer(load: Float[Array, "T E"], old: Int32[Array, " R"]) -> tuple[Array, Array]:
-        start = old.reshape(num_gpus, size)
-        held = _held(start, load.shape[1]) > 0
-
-        def noted(walk: _Walk, view: _View) -> _Walk:
-            moves = (max_moves - view.left).astype(jnp.float32)
-            cost = _imbalance(view.loads) + price * moves
-            better = cost < walk.cost
-            best = jnp.where(better, walk.expert, walk.best)
-            return walk._replace(best=best, cost=jnp.where(better, cost, walk.cost))
-
-        def view_of(expert: Int32[Array, "m c"]) -> _View:
-            return _View(*_seen(load, expert), held, max_moves - _fetched(expert, held))
-
-        def step(_: Array | int, walk: _Walk) -> _Walk:
-            view = view_of(walk.expert)
-            walk = noted(walk, view)
-            options = _exchange(view, num_nodes, walk.failed), _change(view, num_nodes)
-            rate = [x.gain / _at_least_half(x.moves) for x in options]
-            first = rate[0] >= rate[1]
-            chosen = jax.tree.map(lambda x, y: jnp.where(first, x, y), *options)
-            good = chosen.gain > 0
-            expert = jnp.where(good, chosen.expert, walk.expert)
-            return walk._replace(expert=expert, failed=jnp.where(good, 0, walk.failed + 1))
-
-        steps = jnp.where(max_moves > 0, max_moves + _SPARE_STEPS, 0)
-        begin = _Walk(start, start, jnp.asarray(jnp.inf), jnp.zeros((), jnp.int32))
-        end = lax.fori_loop(0, steps, step, begin)
-        end = noted(end, view_of(end.expert))
-        kept = jax.vmap(slots_kept)(end.best, start)
-        return jnp.take_along_axis(end.best, kept, axis=1).ravel(), end.cost
-
-    return jax.vmap(layer)(windows, old)
-
-
-_SPARE_STEPS = 8
-"""That may find nothing, or cost nothing."""
+    return jax.vmap(improve, (0, 0, None, None))(windows, old, max_moves, penalty)
 
 
 def plan_cost(
     windows: Float[Array, "L T E"],
     new: Int32[Array, "L R"],
     old: Int32[Array, "L R"],
+    penalty: Float[Array, ""],
     *,
-    num_gpus: int,
+    topology: Topology,
 ) -> tuple[Int32[Array, " L"], Float[Array, " L"]]:
-    """How many slots a new plan fetches from another GPU, and its imbalance."""
+    """The moves to a new plan, and its cost as of `improve_plan`."""
 
-    def layer(load: Array, new: Array, old: Array) -> tuple[Array, Array]:
-        before, after = (x.reshape(num_gpus, -1) for x in (old, new))
-        moves = _fetched(after, _held(before, load.shape[1]) > 0)
-        return moves, _imbalance(_seen(load, after)[-1])
+    def cost_of(windows: Array, new: Array, old: Array) -> tuple[Array, Array]:
+        before, after = (x.reshape(topology.num_gpus, topology.slots) for x in (old, new))
+        held = replicas_on_gpus(before, windows.shape[1]) > 0
+        view = _view(_units(windows), held, jnp.zeros((), jnp.int32), after)
+        return view.moves, _cost(view, penalty)
 
-    return jax.vmap(layer)(windows, new, old)
-
-
-def _held(expert: Int32[Array, "m c"], num_experts: int) -> Float[Array, "m E"]:
-    """How many replicas of every expert lie on every GPU."""
-    index = jnp.arange(num_experts, dtype=jnp.int32)
-    return reduce(jnp.add, [(x[:, None] == index).astype(jnp.float32) for x in expert.T])
+    return jax.vmap(cost_of)(windows, new, old)
 
 
-def _fetched(expert: Int32[Array, "m c"], held: Bool[Array, "m E"]) -> Int32[Array, ""]:
-    """How many slots hold what their GPU did not."""
-    return jnp.sum(~held[_gpus(expert), expert], dtype=jnp.int32)
+def _improve_layer(
+    windows: Float[Array, "T E"],
+    old: Int32[Array, " R"],
+    max_moves: Int32[Array, ""],
+    penalty: Float[Array, ""],
+    *,
+    topology: Topology,
+    hierarchical: bool,
+) -> tuple[Int32[Array, " R"], Float[Array, ""]]:
+    num_gpus = topology.num_gpus
+    start = old.reshape(num_gpus, topology.slots)
+    held = replicas_on_gpus(start, windows.shape[1]) > 0
+    view_of = partial(_view, _units(windows), held, max_moves)
+    steps = jnp.where(max_moves > 0, max_moves + _SPARE_STEPS, 0)
+
+    def may_improve(walk: _Walk) -> Array:
+        return (walk.step < steps) & (walk.failed < num_gpus)  # then every GPU has been tried
+
+    def improve(walk: _Walk) -> _Walk:
+        view = view_of(walk.expert)
+        walk = _keep_best(walk, _cost(view, penalty))
+        swap = _swap(view, walk.failed, topology, hierarchical)
+        change = _change(view, topology, hierarchical)
+        more_local = swap.local | ~change.local
+        first = (swap.rate > change.rate) | ((swap.rate == change.rate) & more_local)
+        step: _Step = jax.tree.map(partial(jnp.where, first), swap, change)
+        good = step.rate > 0
+        return walk._replace(
+            expert=jnp.where(good, step.expert, walk.expert),
+            step=walk.step + 1,
+            failed=jnp.where(good, 0, walk.failed + 1),
+        )
+
+    zero = jnp.zeros((), jnp.int32)
+    begin = _Walk(start, start, jnp.asarray(jnp.inf, jnp.float32), zero, zero)
+    end = lax.while_loop(may_improve, improve, begin)
+    end = _keep_best(end, _cost(view_of(end.expert), penalty))
+    kept = jax.vmap(slots_kept)(end.best, start)
+    return jnp.take_along_axis(end.best, kept, axis=1).ravel(), end.cost
 
 
-def _gpus(expert: Int32[Array, "m c"]) -> Int32[Array, "m 1"]:
-    return jnp.arange(expert.shape[0], dtype=jnp.int32)[:, None]
+def _keep_best(walk: _Walk, cost: Float[Array, ""]) -> _Walk:
+    """With the plan on the way as the best if it costs less."""
+    better = cost < walk.cost
+    best = jnp.where(better, walk.expert, walk.best)
+    return walk._replace(best=best, cost=jnp.where(better, cost, walk.cost))
 
 
-def _seen(
-    load: Float[Array, "T E"], expert: Int32[Array, "m c"]
-) -> tuple[Array, Array, Array, Array, Array, Array]:
-    """The first fields of a `_View`."""
-    count = jnp.zeros(load.shape[1], jnp.float32).at[expert].add(1)
-    share = load / jnp.maximum(count, 1)
-    value = share[:, expert]
-    return load, expert, count, share, value, jnp.sum(value, axis=2)
+def _units(windows: Float[Array, "T E"]) -> Float[Array, "T E"]:
+    """Loads as whole numbers, those of a window adding up to less than 2^30."""
+    units = fixed_point(normalise(windows, (0, 1)), windows.shape[1], LOAD_BITS)
+    return units.astype(jnp.float32)
 
 
-def _imbalance(loads: Float[Array, "T m"]) -> Float[Array, ""]:
-    """Heaviest / mean GPU - 1, in the mean over windows."""
-    mean = jnp.mean(loads)
-    heaviest = jnp.mean(jnp.max(loads, axis=1))
-    return jnp.where(mean > 0, heaviest / jnp.where(mean > 0, mean, 1), 1) - 1
+def _share(units: Float[Array, "T E"], count: Int32[Array, " E"]) -> Int32[Array, "T E"]:
+    """The load of each replica of experts that have so many."""
+    return (units * (1 / jnp.maximum(count, 1).astype(jnp.float32))).astype(jnp.int32)
 
 
-def _at_least_half(moves: Int32[Array, "..."]) -> Float[Array, "..."]:
-    """What gains are divided by: a change that fetches nothing is worth twice one that does."""
-    return jnp.maximum(moves.astype(jnp.float32), 0.5)
+def _view(
+    units: Float[Array, "T E"],
+    held: Bool[Array, "m E"],
+    max_moves: Int32[Array, ""],
+    expert: Int32[Array, "m c"],
+) -> _View:
+    """The loads and moves of a plan."""
+    num_gpus, num_experts = held.shape
+    gpu = jnp.arange(num_gpus, dtype=jnp.int32)[:, None]
+    placed = replicas_on_gpus(expert, num_experts)
+    count = jnp.sum(placed, axis=0, dtype=jnp.int32)
+    value = _share(units, count)[:, expert]
+    load = jnp.sum(value, axis=2, dtype=jnp.int32)
+    above = load - jnp.sum(load, axis=1, keepdims=True, dtype=jnp.int32) // num_gpus
+    moves = jnp.sum(~held[gpu, expert], dtype=jnp.int32)
+    return _View(units, held, expert, placed, count, value, load, above, moves, max_moves - moves)
 
 
-def _largest(x: Float[Array, "*m n"]) -> Int32[Array, "*m"]:
-    """Where the largest of every row stands first."""
-    x = unfused(x)
-    index = jnp.arange(x.shape[-1], dtype=jnp.int32)
-    return jnp.min(jnp.where(x == jnp.max(x, axis=-1, keepdims=True), index, index[-1]), axis=-1)
+def _cost(view: _View, penalty: Float[Array, ""]) -> Float[Array, ""]:
+    """Imbalance (max / mean GPU load - 1, of windows added up) + penalty * moves."""
+    most = _sum(jnp.max(view.load, axis=1).astype(jnp.float32))
+    total = _sum(jnp.sum(view.load, axis=1, dtype=jnp.int32).astype(jnp.float32))
+    ratio = most * view.load.shape[1] / jnp.where(total > 0, total, 1)
+    return jnp.where(total > 0, ratio, 1) - 1 + _product(penalty, view.moves)
 
 
-def _exchange(view: _View, num_nodes: int, failed: Int32[Array, ""]) -> _Step:
-    """One slot of the worst GPU, or the next worst after failures, for one of any other."""
-    expert, loads = view.expert, view.loads
-    num_gpus, size = expert.shape
-    above = jnp.maximum(loads - jnp.mean(loads, axis=1, keepdims=True), 0)
-    order = jnp.argsort(-jnp.sum(jnp.square(above), axis=0), stable=True)
-    gpu = order[failed % num_gpus].astype(jnp.int32)
+def _product(x: Array, y: Array) -> Float[Array, "..."]:
+    """The product to 23 bits, which no compiler can fuse with an addition."""
+    return lax.reduce_precision(x.astype(jnp.float32) * y.astype(jnp.float32), 8, 22)
 
-    mine, a = expert[gpu], view.value[:, gpu]  # [c], [T, c]
-    apart = loads[:, gpu, None] - loads  # [T, m]
-    # With x for y the squares fall by 2 (x - y) (apart - (x - y)).
-    given = jnp.matmul(a.T, apart, precision="highest") - jnp.sum(jnp.square(a), 0)[:, None]
-    taken = jnp.sum(view.value * (apart[:, :, None] + view.value), axis=0)  # [m, c]
-    both = jnp.tensordot(a, view.value, axes=(0, 0), precision="highest")  # [c, m, c]
-    gain = 2 * (given[:, :, None] - taken + 2 * both)
+
+def _sum(x: Float[Array, "k *n"]) -> Float[Array, "*n"]:
+    """The sum over the first axis, in an order that depends on its length alone."""
+    while len(x) > 1:
+        half = len(x) // 2
+        x = jnp.concatenate([x[:half] + x[half : 2 * half], x[2 * half :]])
+    return x[0]
+
+
+def _twice(x: Array, y: Array) -> Float[Array, "..."]:
+    """2 * x + y, which may not fit in an int32."""
+    return 2 * x.astype(jnp.float32) + y.astype(jnp.float32)
+
+
+def _best(rate: Float[Array, "*m n"], local: Bool[Array, "*m n"]) -> Int32[Array, "*m"]:
+    """The position of the maximum of every row: the first local one, if there is one."""
+    count = rate.shape[-1]
+    order = jnp.arange(count, dtype=jnp.int32) + jnp.where(local, 0, count)
+    largest = rate == jnp.max(rate, axis=-1, keepdims=True)
+    return jnp.min(jnp.where(largest, order, 2 * count), axis=-1) % count
+
+
+def _per_move(gain: Float[Array, "..."], moves: Int32[Array, "..."]) -> Float[Array, "..."]:
+    """The gain of each move; without a move, twice the gain."""
+    return gain / jnp.maximum(moves.astype(jnp.float32), 0.5)
+
+
+def _swap(view: _View, failed: Int32[Array, ""], topology: Topology, hierarchical: bool) -> _Step:
+    """The best swap of a slot of the most loaded GPU, or of the next after failures."""
+    expert, placed = view.expert, view.placed
+    num_gpus, slots = expert.shape
+    other = jnp.arange(num_gpus, dtype=jnp.int32)
+    over = jnp.maximum(view.above, 0)
+    order = jnp.argsort(-_sum(_product(over, over)), stable=True).astype(jnp.int32)
+    gpu = order[failed % num_gpus]
+    mine = expert[gpu]
+    lost = view.value[:, gpu, :, None, None] - view.value[:, None]  # [T, c, m, c]
+    apart = view.load[:, gpu, None] - view.load
+    gain = 2 * _sum(_product(lost, apart[:, None, :, None] - lost))
     held = view.held.astype(jnp.int32)
-    fetched = held[_gpus(expert), expert] - held[gpu][expert]  # [m, c]
-    sent = held[gpu][mine][:, None] - held[:, mine].T  # [c, m]
-    moves = sent[:, :, None] + fetched  # [c, m, c]
-    known = jnp.any(mine[:, None, None] == expert, axis=2)  # [c, m]: there already
-    known_here = jnp.any(expert[:, :, None] == mine, axis=2)  # [m, c]
-    node = jnp.arange(num_gpus, dtype=jnp.int32) // (num_gpus // num_nodes)
-    far = (node != node[gpu])[:, None]
-    barred = known[:, :, None] | known_here | far | (moves > view.left)
-    rate = jnp.where(barred, -_NEVER, gain) / _at_least_half(moves)
-    best = _largest(rate.ravel())
-    here, there = best // (num_gpus * size), best % (num_gpus * size)
-    flat, slot = expert.ravel(), gpu * size + here
-    after = flat.at[slot].set(flat[there]).at[there].set(flat[slot])
-    return _Step(
-        jnp.where(barred.ravel()[best], -1.0, gain.ravel()[best]),
-        moves.ravel()[best],
-        after.reshape(expert.shape),
-    )
+    theirs = held[other[:, None], expert] - held[gpu][expert]  # [m, c]
+    ours = held[gpu, mine][:, None] - held[:, mine].T  # [c, m]
+    moves = ours[:, :, None] + theirs
+    duplicate = (placed[:, mine].T > 0)[:, :, None] | (placed[gpu][expert] > 0)
+    local = (other // topology.gpus_per_node == gpu // topology.gpus_per_node)[:, None]
+    invalid = duplicate | (moves > view.left) | (~local & hierarchical)
+    rate = jnp.where(invalid, -jnp.inf, _per_move(gain, moves)).ravel()
+    best = _best(rate, jnp.broadcast_to(local, moves.shape).ravel())
+    one, two = gpu * slots + best // (num_gpus * slots), best % (num_gpus * slots)
+    flat = expert.ravel()
+    after = flat.at[one].set(flat[two]).at[two].set(flat[one]).reshape(expert.shape)
+    return _Step(after, rate[best], local[two // slots, 0])
 
 
-def _change(view: _View, num_nodes: int) -> _Step:
-    """Another expert in one slot: one replica less of what it held, one more of the other.
+def _change(view: _View, topology: Topology, hierarchical: bool) -> _Step:
+    """The best change of a slot to another expert.
 
-    On every GPU the slot and the expert are chosen apart, which leaves out that the two may share
-    GPUs; what each GPU's choice gains is then counted exactly.
+    The slot and the expert of a GPU are chosen apart, as if the two shared no GPU. Then the gain of
+    each GPU's choice is exact.
     """
-    expert, count, share, held = view.expert, view.replicas, view.share, view.held
-    num_gpus, num_experts = expert.shape[0], count.shape[0]
-    lies = _held(expert, num_experts)
-    loads = view.loads - jnp.mean(view.loads, axis=1, keepdims=True)
-    around = jnp.matmul(loads, lies, precision="highest")  # [T, E]: of the GPUs of an expert
-    # One replica less: the others carry `more`, the GPU of the slot that much and `share` less.
-    more = share / jnp.maximum(count - 1, 1)
-    others = jnp.sum(more * (2 * around + (count - 1) * more) + jnp.square(share), axis=0)
-    own = 2 * jnp.matmul(loads.T, more + share, precision="highest")  # [m, E]
-    loss = others[expert] - own[_gpus(expert), expert]
-    slot = _largest(jnp.where(count[expert] < 2, -_NEVER, -loss))  # [m]
-    # One replica more: those there are carry `less` less, the GPU `new` more.
-    new = view.load / (count + 1)
-    less = share - new
-    gain = jnp.sum(less * (2 * around - count * less) - jnp.square(new), axis=0)
-    add = gain - 2 * jnp.matmul(loads.T, new, precision="highest")  # [m, E]
+    expert, placed, replicas = view.expert, view.placed, view.replicas
+    num_gpus, num_experts = placed.shape
     gpu = jnp.arange(num_gpus, dtype=jnp.int32)
+    # The load of a replica now, with one replica less and with one more.
+    now, less, more = (_share(view.units, replicas + change) for change in (0, -1, 1))
+    rise, fall = less - now, now - more
+    around = jnp.zeros_like(now).at[:, expert].add(view.above[:, :, None])  # of its GPUs
+    loss = _product(rise, _twice(around, (replicas - 1) * rise)) + _product(now, now)
+    loss = loss[:, expert] - 2 * _product(view.above[:, :, None], less[:, expert])
+    single = replicas[expert] < 2
+    slot = _best(jnp.where(single, -jnp.inf, -_sum(loss)), jnp.ones_like(single))
     dropped = expert[gpu, slot]
-    nodes = lies.reshape(num_nodes, num_gpus // num_nodes, num_experts)
-    reachable = jnp.repeat(jnp.max(nodes, axis=1) > 0, num_gpus // num_nodes, axis=0)
-    moves = held[gpu, dropped].astype(jnp.int32)[:, None] - held.astype(jnp.int32)
-    barred = (lies > 0) | ~reachable | (moves > view.left) | (count[dropped] < 2)[:, None]
-    wanted = _largest(jnp.where(barred, -_NEVER, add))  # [m]
+    gain = _product(fall, _twice(around, -replicas * fall)) - _product(more, more)
+    gain = _sum(gain[:, None] - 2 * _product(view.above[:, :, None], more[:, None]))  # [m, E]
+    nodes = placed.reshape(topology.num_nodes, topology.gpus_per_node, num_experts)
+    local = jnp.repeat(jnp.any(nodes > 0, axis=1), topology.gpus_per_node, axis=0)
+    held = view.held.astype(jnp.int32)
+    moves = held[gpu, dropped][:, None] - held
+    invalid = (placed > 0) | (moves > view.left) | (~local & hierarchical) | single[gpu, slot, None]
+    added = _best(jnp.where(invalid, -jnp.inf, gain), local)
     change = (
-        more[:, dropped, None] * lies.T[dropped]
-        - less[:, wanted, None] * lies.T[wanted]
-        + jnp.eye(num_gpus, dtype=jnp.float32)
-        * (new[:, wanted] - (more + share)[:, dropped])[:, :, None]
-    )
-    exact = -jnp.sum(change * (2 * loads[:, None] + change), axis=(0, 2))  # [m]
-    exact = jnp.where(barred[gpu, wanted], -1.0, exact)
-    spent = moves[gpu, wanted]
-    one = _largest(exact / _at_least_half(spent))
-    return _Step(exact[one], spent[one], expert.at[one, slot[one]].set(wanted[one]))
+        rise[:, None, dropped] * placed[:, dropped]
+        - fall[:, None, added] * placed[:, added]
+        + jnp.eye(num_gpus, dtype=jnp.int32) * (more[:, added] - less[:, dropped])[:, None]
+    )  # [T, m, m]: of the load of every GPU, by each choice
+    gain = -_sum(_sum(_product(change, _twice(view.above[:, :, None], change))))
+    rate = jnp.where(invalid[gpu, added], -jnp.inf, _per_move(gain, moves[gpu, added]))
+    best = _best(rate, local[gpu, added])
+    after = expert.at[best, slot[best]].set(added[best])
+    return _Step(after, rate[best], local[best, added[best]])
