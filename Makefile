@@ -1,10 +1,10 @@
-# `make demo` and `make test` set up all they need: Python 3.11 or newer, pip and make.
+# Every target sets up all it needs: Python 3.11 or newer, pip and make.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 WORKERS ?= 2
 
-.PHONY: demo test peers clean
+.PHONY: demo test quality peers clean
 
 demo: $(VENV)/.cli
 	@mkdir -p demo
@@ -16,9 +16,13 @@ test: $(VENV)/.test
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/basedpyright --pythonpath $(BIN)/python
-	$(BIN)/python -m pytest -n $(WORKERS)
+	$(BIN)/python -m pytest -n $(WORKERS) -m "not quality"
 
-# SGLang's plain Python files beside ours, without the packages that it runs on.
+# The balance of every strategy beside its torch original, on measured loads: some minutes.
+quality: $(VENV)/.test
+	$(BIN)/python -m pytest -n $(WORKERS) -m quality
+
+# The tests that compare with SGLang, whose plain Python files are installed without its dependencies.
 peers: $(VENV)/.test
 	$(BIN)/python -m pip install --quiet --no-deps --target $(VENV)/peers sglang==0.5.23
 	$(BIN)/python -m pytest -m peers

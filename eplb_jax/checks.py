@@ -1,4 +1,4 @@
-"""Checks of what callers hand in. Every error says what was got and the nearest valid value."""
+"""Checks of arguments. Every error names the argument, what was got and the nearest valid value."""
 
 import operator
 from collections.abc import Sequence
@@ -67,15 +67,15 @@ def as_load(
 
 
 def as_labels(value: ArrayLike | Array, shape: tuple[int, ...]) -> Int32[Array, "L n"]:
-    """An int32 array of labels; which numbers they are means nothing, only which are equal.
+    """An int32 array of labels; only which of them are equal matters.
 
     Raises:
-        TypeError: They are not whole numbers.
+        TypeError: They are not integers.
         ValueError: The shape is another, or a number does not fit in 32 bits.
     """
     array = value if isinstance(value, jax.Array) else _to_numpy(value, "labels")
     if not jnp.issubdtype(array.dtype, np.integer):
-        raise TypeError(f"labels must be whole numbers, got dtype {array.dtype}")
+        raise TypeError(f"labels must be integers, got dtype {array.dtype}")
     if array.shape != shape:
         raise ValueError(f"labels must have the shape of the weights, {shape}, got {array.shape}")
     if isinstance(array, np.ndarray) and array.size:
@@ -137,24 +137,24 @@ def check_complete(experts: Int32[Array, "*L R"], num_experts: int, name: str) -
 
 
 def as_limit(name: str, value: SupportsIndex | Array) -> Int32[Array, ""]:
-    """A whole number that is not negative."""
+    """A nonnegative integer as an int32, or the integer of a trace as it is."""
     if isinstance(value, Tracer):
         return value.astype(jnp.int32)
-    count = _whole(name, value)
+    count = _integer(name, value)
     if count < 0:
         raise ValueError(f"{name}={count} is negative; nearest: 0")
     return jnp.asarray(min(count, np.iinfo(np.int32).max), jnp.int32)
 
 
 def as_penalty(name: str, value: float | Array) -> Float[Array, ""]:
-    """`as_amount` as an array, or the number of a trace as it is."""
+    """`as_amount` as a float32, or the number of a trace as it is."""
     if isinstance(value, Tracer):
         return value.astype(jnp.float32)
     return jnp.asarray(as_amount(name, value), jnp.float32)
 
 
 def as_amount(name: str, value: SupportsFloat) -> float:
-    """A number that is finite and not negative."""
+    """A finite, nonnegative number."""
     number = as_number(name, value)
     if not 0 <= number <= np.finfo(np.float32).max:
         raise ValueError(f"{name}={number} must be finite and not negative; nearest: 0")
@@ -188,18 +188,18 @@ def _all_valid(load: Array) -> Array:
 
 
 def as_count(name: str, value: SupportsIndex, least: int = 1) -> int:
-    """A whole number of at least 1, or `least`."""
-    count = _whole(name, value)
+    """An integer of at least 1, or `least`."""
+    count = _integer(name, value)
     if count < least:
         raise ValueError(f"{name}={count} is less than {least}; nearest: {least}")
     return count
 
 
-def _whole(name: str, value: SupportsIndex) -> int:
+def _integer(name: str, value: SupportsIndex) -> int:
     try:
         return operator.index(value)
     except TypeError:
-        raise TypeError(f"{name} must be a whole number, got {value!r}") from None
+        raise TypeError(f"{name} must be an integer, got {value!r}") from None
 
 
 def check_divides(

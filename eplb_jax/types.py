@@ -106,6 +106,15 @@ def check_topology(topology: Topology, num_slots: int | None = None) -> None:
         )
 
 
+def check_experts(topology: Topology, num_experts: int) -> None:
+    """Raise ValueError if there are fewer slots than experts."""
+    if topology.num_replicas < num_experts:
+        raise ValueError(
+            f"topology has {topology.num_replicas} slots for {num_experts} experts; "
+            f"nearest: slots={-(-num_experts // topology.num_gpus)}"
+        )
+
+
 class Packing(NamedTuple):
     """The pack of every item, and its position in that pack."""
 

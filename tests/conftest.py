@@ -14,8 +14,9 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", ".pytest_cache/jax")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 
 import jax
-import tests.typecheck  # noqa: F401  the hook looks it up
 from jaxtyping import install_import_hook
+
+import tests.typecheck  # noqa: F401  the hook looks it up
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 install_import_hook("eplb_jax", "tests.typecheck.check")

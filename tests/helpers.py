@@ -1,11 +1,19 @@
 """Loads that tests share, and named checks of what every packing must be."""
 
+import functools
+import itertools
+import re
+
 import numpy as np
 
 import eplb_jax
 from eplb_jax.packing.pair_exchange import Pairs
 
-# A strategy that sees windows and compiles in little time.
+COLLECTIVES = re.compile(
+    r"all-gather|all-reduce|all-to-all|collective-permute|collective-broadcast|reduce-scatter"
+)
+
+# A strategy that uses windows and compiles in little time.
 QUICK = eplb_jax.Strategy(refinement=Pairs(8, two=False))
 
 
@@ -54,14 +62,34 @@ def assert_same(one, other):
         np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
 
 
-def repeats(phy2log, num_gpus):
-    """How many slots hold an expert that another slot of their GPU holds already, per layer."""
+def duplicates(phy2log, num_gpus):
+    """How many slots of every layer hold an expert that another slot of their GPU holds."""
     by_gpu = np.sort(np.asarray(phy2log).reshape(len(phy2log), num_gpus, -1), axis=2)
     return (by_gpu[:, :, 1:] == by_gpu[:, :, :-1]).sum(axis=(1, 2))
 
 
+@functools.cache
+def packings(n, m):
+    """Every way to fill m packs that are alike, [ways, m, n / m]."""
+
+    def ways(items):
+        if not items:
+            yield ()
+            return
+        for rest in itertools.combinations(items[1:], n // m - 1):
+            left = [x for x in items[1:] if x not in rest]
+            for others in ways(left):
+                yield ((items[0], *rest), *others)
+
+    return np.array(list(ways(tuple(range(n)))))
+
+
 def assert_bits(got, wanted):
+    """The same arrays by name, to the bit."""
     for name, x in wanted.items():
         bits = np.asarray(got[name])
         assert bits.dtype == x.dtype
         assert bits.tobytes() == np.ascontiguousarray(x).tobytes(), name
+
+
+repeats = duplicates  # TODO: remove when no test uses it

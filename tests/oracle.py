@@ -46,7 +46,9 @@ def rebalance_experts(weight, num_replicas, num_groups, num_nodes, num_gpus):
     if num_groups % num_nodes:
         num_groups = num_nodes = 1
     group_size = num_experts // num_groups
-    by_group = weight.reshape(num_layers, num_groups, group_size).sum(2)
+    by_group = np.zeros((num_layers, num_groups), np.float32)
+    for i in range(group_size):  # one expert after the other, as float32 sums have an order
+        by_group += weight.reshape(num_layers, num_groups, group_size)[:, :, i]
     node_of_group, rank_of_group = balanced_packing(by_group, num_nodes)
     per_gpu = num_replicas // num_gpus
     phy2log = np.zeros((num_layers, num_replicas), int)

@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import assert_same
 
 from eplb_jax import balanced_packing, rebalance_experts, replicate_experts
+from tests.helpers import assert_same
 
 LOAD = np.ones((2, 12))
 
@@ -68,7 +68,7 @@ def plan(load=LOAD, replicas=16, groups=4, nodes=2, gpus=8, **options):
         (lambda: plan(np.ones((2, 3, 4, 5))), r"weight must have the shape .* got \(2, 3, 4, 5\)"),
         (
             lambda: plan(np.ones((0, 3, 4))),
-            r"weight must have the shape \[windows, layers, experts\], got \(0, 3, 4\)",
+            r"weight must have the shape .* \[windows, layers, experts\], got \(0, 3, 4\)",
         ),
         (lambda: replicate_experts(np.ones((2, 3, 4)), 5), r"the shape .* got \(2, 3, 4\)"),
         (lambda: plan(np.ones((2, 0))), r"weight must have the shape .* got \(2, 0\)"),
@@ -83,7 +83,7 @@ def test_values(call, message):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: plan(gpus=8.0), "num_gpus must be a whole number, got 8.0"),
+        (lambda: plan(gpus=8.0), "num_gpus must be an integer, got 8.0"),
         (lambda: plan([["a", "b"]]), "weight must hold real numbers, got dtype <U1"),
         (
             lambda: plan(np.ones((1, 12), complex)),

@@ -1,4 +1,7 @@
-"""Balance beside the torch originals, whose mean imbalance is in golden/imbalance.json."""
+"""Balance compared with the torch originals, whose mean imbalance is in golden/imbalance.json.
+
+Run by `make quality`.
+"""
 
 import json
 from functools import partial
@@ -7,9 +10,9 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from helpers import mean_imbalance, measured, replicated
 
 import eplb_jax
+from tests.helpers import mean_imbalance, measured, replicated
 
 GOLDEN = Path(__file__).parent / "golden"
 V2_LITE = eplb_jax.loads.example("deepseek_v2_lite").reshape(8, 4, 26, 64).sum(axis=1)
@@ -26,6 +29,7 @@ CASES = [(n, load) for load in LOADS for n in eplb_jax.STRATEGIES if n in ORIGIN
 CASES.remove(("pruned", "DeepSeek-V2-Lite, 72 into 8"))  # takes long and says no more
 
 
+@pytest.mark.quality
 @pytest.mark.parametrize(("strategy", "load"), CASES)
 def test_no_less_balanced_than_the_original(strategy, load):
     weight, num_packs = LOADS[load]

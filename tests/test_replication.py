@@ -1,11 +1,11 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracle
 import pytest
-from helpers import assert_same, lognormal
 
 import eplb_jax
+from tests import oracle
+from tests.helpers import assert_same, lognormal
 
 
 @pytest.mark.parametrize("spares", [0, 1, 5, 24, 60])
@@ -35,7 +35,7 @@ def test_without_load_the_spares_go_to_distinct_experts():
     assert np.max(rank) == 1
 
 
-def test_no_apportionment_has_a_lighter_heaviest_replica():
+def test_no_counts_have_a_lower_maximum_load_of_a_replica():
     weight = lognormal(20, 4)
     logcnt = np.asarray(eplb_jax.replicate_experts(weight, 9).logcnt)
     ours = (weight / logcnt).max(axis=1)

@@ -6,21 +6,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import QUICK, assert_same, lognormal, repeats
-from test_refinement import instance
-from test_strategies import COLLECTIVES
 
 import eplb_jax
-from eplb_jax import check_placement, rebalance_experts
-from eplb_jax.arrays import sanitised
-from eplb_jax.evaluation.replay import all_windows, last_window, replay
+from eplb_jax import Topology, check_placement, plan, replay
+from eplb_jax.arrays import sanitise
+from eplb_jax.evaluation.metrics import balance
+from eplb_jax.packing.items import items_of
 from eplb_jax.packing.pair_exchange import Pairs
 from eplb_jax.packing.peak_exchange import Peak
 from eplb_jax.packing.portfolio import Portfolio
-from eplb_jax.planning.forecast import MOST_WINDOWS, forecast, gathered
+from eplb_jax.planning.forecast import MOST_WINDOWS, forecast, merge_windows
+from tests.helpers import COLLECTIVES, QUICK, assert_same, duplicates, lognormal
 
 KEY = jax.random.key(0)
-COUNTS = 48, 4, 2, 8
+NODES = Topology(8, slots=6, num_nodes=2, num_groups=4)
 
 
 def windows(count, layers=3, experts=32, sigma=0.5, seed=0):
@@ -30,12 +29,12 @@ def windows(count, layers=3, experts=32, sigma=0.5, seed=0):
     return (lognormal(layers, experts) * change).astype(np.float32)
 
 
-def foreseen(trace):
-    return forecast(sanitised(jnp.moveaxis(jnp.asarray(trace), 0, 1)))
+def forecast_of(trace):
+    return forecast(sanitise(jnp.moveaxis(jnp.asarray(trace), 0, 1)))
 
 
 def by_hand(trace):
-    """The forecast in float64: prediction, weight of the prediction, and the middle."""
+    """The forecast in float64: prediction, its weight, and the weighted mean."""
     share = trace / trace.sum(axis=2, keepdims=True)
     states, errors = [], []
     for gain in (0, 1, 0.7, 0.5, 0.3, 0.15):
@@ -54,12 +53,12 @@ def by_hand(trace):
 @pytest.mark.parametrize("kind", ["stationary", "drift", "topics"])
 def test_the_forecast_is_that_of_float64(kind):
     trace = eplb_jax.traces.generate(kind, 8, 6, 32, seed=3)
-    result = foreseen(trace.astype(np.float32))
+    result = forecast_of(trace.astype(np.float32))
     predicted, trust, middle = by_hand(trace)
     np.testing.assert_allclose(result.load, middle, rtol=0.01, atol=1e-5)
     share = np.moveaxis(trace / trace.sum(axis=2, keepdims=True), 0, 1)
     np.testing.assert_allclose(result.windows[:, :-1], share, atol=1e-6)
-    # Weights are whole sixteenths of that of the windows.
+    # Weights are multiples of 1 / 16 of that of the windows.
     weight = np.square(np.asarray(result.windows[:, -1]) / predicted) / 8
     np.testing.assert_allclose(weight, np.broadcast_to(trust, weight.shape), rtol=0.02, atol=0.08)
     assert (np.median(trust) < 0.2) == (kind == "stationary")
@@ -70,9 +69,9 @@ def test_windows_of_zeros_count_for_nothing_and_units_mean_nothing():
     scale = np.array([1, 1000, 0.25, 7], np.float32)[:, None, None]
     with_zeros = np.zeros((7, *trace.shape[1:]), np.float32)
     with_zeros[[1, 2, 4, 6]] = trace
-    plain = foreseen(trace)
+    plain = forecast_of(trace)
     for other, kept in ((trace * scale, [0, 1, 2, 3, 4]), (with_zeros, [1, 2, 4, 6, 7])):
-        result = foreseen(other)
+        result = forecast_of(other)
         np.testing.assert_allclose(result.load, plain.load, atol=1e-6)
         np.testing.assert_allclose(result.above, plain.above, atol=1e-6)
         np.testing.assert_allclose(result.windows[:, kept], plain.windows, atol=1e-5)
@@ -80,15 +79,13 @@ def test_windows_of_zeros_count_for_nothing_and_units_mean_nothing():
 
 
 def test_one_window_is_the_load_itself_and_none_is_idle():
-    trace = windows(1)
-    assert_same(rebalance_experts(trace, *COUNTS), rebalance_experts(trace[0], *COUNTS))
+    trace, quick = windows(1), {"strategy": QUICK}
+    assert_same(plan(trace, NODES, **quick), plan(trace[0], NODES, **quick))
     idle = np.zeros((2, 3, 32))
-    assert_same(rebalance_experts(idle, *COUNTS), rebalance_experts(idle[0], *COUNTS))
+    assert_same(plan(idle, NODES, **quick), plan(idle[0], NODES, **quick))
     idle[1] = trace[0]
-    assert (
-        eplb_jax.metrics.balance(trace[0], rebalance_experts(idle, 48, 1, 1, 8), 8).mean_imbalance
-        < 0.01
-    )
+    both = plan(idle, Topology(8, slots=6), strategy="fast")
+    assert balance(trace[0], both, Topology(8, slots=6)).mean_imbalance < 0.01
 
 
 @pytest.mark.parametrize(
@@ -96,43 +93,45 @@ def test_one_window_is_the_load_itself_and_none_is_idle():
     [("auto", "hierarchical"), ("best", "global"), ("restarts", "hierarchical")],
 )
 def test_plans_of_windows_are_plans(strategy, policy):
-    plan = rebalance_experts(windows(3), *COUNTS, policy=policy, strategy=strategy)
-    check_placement(plan)
-    assert not repeats(plan.phy2log, 8).any()
+    result = plan(windows(3), NODES, policy=policy, strategy=strategy)
+    check_placement(result)
+    assert not duplicates(result.phy2log, 8).any()
     if policy == "hierarchical":
-        node = np.asarray(plan.phy2log).reshape(3, 2, 24) // 8
+        node = np.asarray(result.phy2log).reshape(3, 2, 24) // 8
         assert all(len(np.unique(x)) == 2 for x in node.reshape(6, 24))
 
 
-def test_a_layer_does_not_depend_on_others_nor_on_how_they_are_sharded():
+def test_layers_over_a_mesh_need_no_communication():
     trace = windows(3, layers=8)
-    plan = jax.jit(lambda x: rebalance_experts(x, 48, 1, 1, 8, strategy="fast"))
-    alone = plan(trace)
-    assert_same([x[2:4] for x in alone], plan(trace[:, 2:4]))
+    make = jax.jit(lambda x: plan(x, Topology(8, slots=6), strategy="fast"))
     mesh = jax.make_mesh((8,), ("layers",), axis_types=(jax.sharding.AxisType.Auto,))
     spread = jax.device_put(trace, jax.sharding.NamedSharding(mesh, jax.P(None, "layers")))
-    compiled = plan.lower(spread).compile()
+    compiled = make.lower(spread).compile()
     assert not COLLECTIVES.findall(compiled.as_text())
-    assert_same(alone, compiled(spread))
+    assert_same(compiled(spread), make(trace))
 
 
-def test_more_windows_than_are_looked_at_are_added_up():
+def test_long_histories_are_merged():
     trace = windows(37, layers=2, experts=12)
-    folded = gathered(trace)
-    assert len(folded) == MOST_WINDOWS
-    np.testing.assert_allclose(folded.sum(axis=0), trace.sum(axis=0), rtol=1e-5)
-    np.testing.assert_array_equal(folded[0], trace[:2].sum(axis=0))
-    assert gathered(trace[:16]) is trace[:16] or len(gathered(trace[:16])) == 16
-    long = np.ones((20, 12), np.float32)
-    assert gathered(long) is long  # layers, not windows
-    assert_same(*(rebalance_experts(x, 16, 1, 1, 4, strategy=QUICK) for x in (trace, folded)))
+    merged = merge_windows(trace)
+    assert len(merged) == MOST_WINDOWS
+    np.testing.assert_allclose(merged.sum(axis=0), trace.sum(axis=0), rtol=1e-5)
+    np.testing.assert_array_equal(merged[0], trace[:2].sum(axis=0))
+    np.testing.assert_array_equal(merge_windows(jnp.asarray(trace)), merged)
+    assert len(merge_windows(trace[:16])) == 16
+    layers = np.ones((20, 12), np.float32)
+    assert merge_windows(layers) is layers  # layers, not windows
+    topology = Topology(4, slots=4)
+    assert_same(*(plan(x, topology, strategy=QUICK) for x in (trace, merged)))
 
 
 def several(m, c, count=3, seed=0):
-    """A packing, and the loads of its items in several windows."""
-    weight, contents = instance(m, c, seed, count=1)
-    change = np.random.default_rng(seed).lognormal(sigma=0.7, size=(count, m * c))
-    return jnp.asarray(np.asarray(weight) * change / 4, jnp.float32), contents[..., 0]
+    """The loads of items in several windows, the items, and a packing of them."""
+    rng = np.random.default_rng(seed)
+    load = np.sort(rng.lognormal(size=m * c))[::-1] * rng.lognormal(sigma=0.7, size=(count, m * c))
+    load = jnp.asarray(load, jnp.float32)
+    contents = jnp.asarray(rng.permutation(m * c).reshape(m, c), jnp.int32)
+    return load, items_of(jnp.sum(load, axis=0), m, windows=load), contents
 
 
 def squares(load, contents):
@@ -142,8 +141,8 @@ def squares(load, contents):
 @pytest.mark.parametrize("two", [False, True])
 @pytest.mark.parametrize("seed", range(3))
 def test_a_round_over_windows_makes_the_best_exchange_of_a_pair(two, seed):
-    load, contents = several(2, 4, seed=seed)
-    after = jax.jit(Pairs(1, two=two))(contents, load, KEY)
+    load, items, contents = several(2, 4, seed=seed)
+    after = jax.jit(Pairs(1, two=two))(contents, items, KEY)
     a, b = (set(x) for x in np.asarray(contents).tolist())
     sizes = (1, 2) if two else (1,)
     options = [
@@ -159,8 +158,8 @@ def test_a_round_over_windows_makes_the_best_exchange_of_a_pair(two, seed):
 @pytest.mark.parametrize("refinement", [Pairs(9, two=False), Portfolio(4, 2, 4)], ids=str)
 @pytest.mark.parametrize(("m", "c"), [(2, 9), (5, 4)])
 def test_squares_over_windows_do_not_grow(refinement, m, c):
-    load, contents = several(m, c)
-    after = np.asarray(jax.jit(refinement)(contents, load, KEY))
+    load, items, contents = several(m, c)
+    after = np.asarray(jax.jit(refinement)(contents, items, KEY))
     np.testing.assert_array_equal(np.sort(after, axis=None), np.arange(m * c))
     if isinstance(refinement, Pairs):
         assert squares(load, after) < squares(load, contents)
@@ -168,19 +167,18 @@ def test_squares_over_windows_do_not_grow(refinement, m, c):
     assert peaks[1] < peaks[0]
 
 
-def test_the_heaviest_packs_of_windows_are_lightened_in_turn():
-    load, contents = several(4, 5)
-    after = np.asarray(jax.jit(Peak(12))(contents, load, KEY))
+def test_the_most_loaded_packs_of_windows_are_lowered_in_turn():
+    load, items, contents = several(4, 5)
+    after = np.asarray(jax.jit(Peak(12))(contents, items, KEY))
     sums = [np.asarray(load)[:, np.asarray(x)].sum(axis=2) for x in (contents, after)]
     assert sums[1].max(axis=1).sum() < sums[0].max(axis=1).sum()
 
 
-def test_windows_foretell_the_next_better_than_the_last():
-    trace = eplb_jax.loads.example("gpt_oss_20b")[:16, ::4]
-    counts = 40, 1, 1, 8
-    plans = {
-        "last": last_window(*counts, strategy="fast"),
-        "windows": all_windows(*counts, keep=False, strategy="fast"),
+def test_plans_of_windows_hold_better_on_the_next_than_those_of_the_last():
+    trace, topology = eplb_jax.loads.example("gpt_oss_20b")[:16, ::4], Topology(8, slots=5)
+    planners = {
+        "last": eplb_jax.plan_from_last_window(topology, strategy="fast"),
+        "windows": eplb_jax.plan_from_windows(topology, keep=False, strategy="fast"),
     }
-    mean = {k: replay(trace, x, num_gpus=8).imbalance.mean() for k, x in plans.items()}
+    mean = {k: replay(trace, x, topology).imbalance.mean() for k, x in planners.items()}
     assert mean["windows"] < 0.75 * mean["last"]

@@ -9,16 +9,17 @@ import numpy as np
 import pytest
 
 import eplb_jax
-from eplb_jax import metrics, runtime
+from eplb_jax import Topology, metrics, runtime
 from tests.helpers import QUICK, lognormal
 
-L, E, R, G = 2, 16, 24, 8
+L, E, R = 2, 16, 24
+TOPOLOGY = Topology(8, slots=3, num_nodes=2)
 LOAD = lognormal(L, E)
 IDS = np.random.default_rng(0).integers(0, E, (64, 4)).astype(np.int32)
 
 
 def plan(load=LOAD, strategy="greedy", **options):
-    return eplb_jax.rebalance_experts(load, R, 1, 1, G, strategy=strategy, **options)
+    return eplb_jax.plan(load, TOPOLOGY, policy="global", strategy=strategy, **options)
 
 
 @cache
@@ -39,26 +40,28 @@ def slots():
     return np.take_along_axis(LOAD, np.asarray(old().phy2log), axis=1)
 
 
+def route(choice, **options):
+    return runtime.to_physical(IDS, new().layer(0), choice, **options)
+
+
 CALLS = {
     "windows": lambda: plan(np.stack([LOAD, LOAD[::-1]]), QUICK),
     "previous": lambda: plan(previous=old()),
     "max_moves": lambda: plan(previous=old(), max_moves=3),
-    "gap": lambda: metrics.gap(LOAD, new(), G),
-    "moves": lambda: eplb_jax.moves(old(), new(), G, 2),
-    "load_of_slots": lambda: runtime.load_of_slots(IDS, new().phy2log[0], E),
-    "history": lambda: runtime.recorded(runtime.history(2, L, E), jnp.asarray(LOAD)),
-    "occurrence": lambda: runtime.to_physical(IDS, new().layer(0)),
-    "random": lambda: runtime.to_physical(IDS, new().layer(0), "random", key=jax.random.key(1)),
-    "nearest": lambda: runtime.nearest(new(), G, 2),
-    "split_load": lambda: runtime.split_load(LOAD, new(), G),
-    "split": lambda: runtime.to_physical(
-        IDS, new().layer(0), "split", split=jnp.ones(R, jnp.float32)
-    ),
+    "gap": lambda: metrics.gap(LOAD, new(), TOPOLOGY),
+    "moves": lambda: eplb_jax.moves(old(), new(), TOPOLOGY),
+    "counts": lambda: runtime.expert_counts_from_slots(IDS, new().phy2log[0], E),
+    "history": lambda: runtime.update_history(runtime.init_history(2, L, E), jnp.asarray(LOAD)),
+    "round_robin": lambda: route("round_robin"),
+    "random": lambda: route("random", key=jax.random.key(1)),
+    "nearest": lambda: runtime.nearest_replica(new(), TOPOLOGY),
+    "split_load": lambda: runtime.split_load(LOAD, new(), TOPOLOGY),
+    "shares": lambda: route("shares", shares=jnp.ones(R, jnp.float32)),
     "to_slots": lambda: runtime.to_slots(jnp.asarray(LOAD), new(), mesh()),
     "relocate": lambda: runtime.relocate(slots(), old(), new(), mesh()),
     "to_logical": lambda: runtime.to_logical(slots(), old(), mesh()),
     "sum_replicas": lambda: runtime.sum_replicas(slots(), old(), mesh()),
-    "counted_once": lambda: runtime.counted_once(slots(), old()),
+    "mask_replicas": lambda: runtime.mask_replicas(slots(), old()),
 }
 
 

@@ -24,7 +24,10 @@ def _public() -> set[tuple[str, str]]:
     return names
 
 
-PUBLIC = _public()
+# Called with arguments of public functions before these are checked.
+_CHECKING = ("_plan_replicas", "_is_hierarchical", "resolve_policy", "topology_of")
+PUBLIC = _public() | {("eplb_jax.planning.plan", name) for name in _CHECKING}
+PUBLIC |= {("eplb_jax.types", "check_topology"), ("eplb_jax.planning.placement", "as_placement")}
 MODULES = ("eplb_jax.evaluation.", "eplb_jax.checks", "eplb_jax.cli.")
 _checked = beartype(conf=BeartypeConf(is_pep484_tower=True))
 

@@ -56,13 +56,12 @@ def packing_bound(weight: LoadLike, num_packs: int) -> Float[Array, " L"]:
     load = as_load(weight, "weight", ("layer", "item"), least_axes=2)
     num_packs = as_count("num_packs", num_packs)
     check_size(load.shape[1], num_packs)
-    return jitted_packing_bound(load, num_packs=num_packs)
+    return _packing_bound(load, num_packs=num_packs)
 
 
 @by_layers
 @partial(jax.jit, static_argnames="num_packs")
-def jitted_packing_bound(weight: Float[Array, "L n"], *, num_packs: int) -> Float[Array, " L"]:
-    """`packing_bound` of checked weights."""
+def _packing_bound(weight: Float[Array, "L n"], *, num_packs: int) -> Float[Array, " L"]:
     return jax.vmap(lambda x: bound_of_layer(x, num_packs))(weight)
 
 

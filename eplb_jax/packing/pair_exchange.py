@@ -71,6 +71,8 @@ class Pairs(Exchanges):
     def improve(self, state: State, key: Key[Array, ""], *, labelled: bool) -> State:
         """Exchange in all pairs."""
         del key
+        if self.rounds == 0:  # JAX cannot index a schedule without rounds
+            return state
         num_windows, capacity, num_packs = state.value.shape
         value = jnp.moveaxis(state.value, 0, -1).reshape(-1, num_windows)
         table = _Table(value, state.label.ravel() if labelled else None)

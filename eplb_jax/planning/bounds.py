@@ -6,13 +6,14 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
-from eplb_jax.checks import LoadLike, as_load, check_multiple
-from eplb_jax.packing.bounds import bound_of_layer, jitted_packing_bound
+from eplb_jax.checks import LoadLike, as_load
+from eplb_jax.packing.bounds import bound_of_layer
 from eplb_jax.planning.replication import replicate
-from eplb_jax.sharding import by_layers
-from eplb_jax.types import Topology, check_topology
+from eplb_jax.sharding import spec_of, under_auto
+from eplb_jax.types import Topology, check_experts, check_topology
 
 _HALVINGS = 20
 """Bisection steps."""
@@ -57,26 +58,20 @@ def plan_bound(load: LoadLike, topology: Topology) -> Float[Array, "*L"]:
     """
     array = as_load(load, "load")
     check_topology(topology)
-    check_multiple(
-        "slots of the topology",
-        topology.num_replicas,
-        "num_gpus",
-        topology.num_gpus,
-        array.shape[-1],
-    )
-    rows = array.reshape(-1, array.shape[-1])
-    counts = {"num_replicas": topology.num_replicas, "num_gpus": topology.num_gpus}
-    return _plan_bound(rows, **counts).reshape(array.shape[:-1])
+    check_experts(topology, array.shape[-1])
+    bound = partial(_plan_bound, num_replicas=topology.num_replicas, num_gpus=topology.num_gpus)
+    return under_auto(bound, PartitionSpec(*spec_of(array)[:-1]), array)
 
 
-@by_layers
 @partial(jax.jit, static_argnames=("num_replicas", "num_gpus"))
 def _plan_bound(
-    load: Float[Array, "L E"], *, num_replicas: int, num_gpus: int
-) -> Float[Array, " L"]:
-    if num_replicas == load.shape[1]:
-        return jitted_packing_bound(load, num_packs=num_gpus)
-    return jax.vmap(lambda x: _plan_bound_of_layer(x, num_replicas, num_gpus))(load)
+    load: Float[Array, "*L E"], *, num_replicas: int, num_gpus: int
+) -> Float[Array, "*L"]:
+    if num_replicas == load.shape[-1]:
+        bound = partial(bound_of_layer, num_packs=num_gpus)
+    else:
+        bound = partial(_plan_bound_of_layer, num_replicas=num_replicas, num_gpus=num_gpus)
+    return jnp.vectorize(bound, signature="(e)->()")(load)
 
 
 def _plan_bound_of_layer(

@@ -153,11 +153,14 @@ def merge_windows(windows: np.ndarray | jax.Array) -> np.ndarray | jax.Array:
     if windows.ndim == 2 or count <= MOST_WINDOWS:
         return windows
     starts = np.arange(MOST_WINDOWS) * count // MOST_WINDOWS
-    if isinstance(windows, np.ndarray):
-        with np.errstate(over="ignore"):
-            return np.add.reduceat(windows, starts)
-    into = np.searchsorted(starts, np.arange(count), side="right") - 1
-    return _merge(windows, jnp.asarray(into))
+    into = np.searchsorted(starts, np.arange(count), "right") - 1
+    if isinstance(windows, jax.Array):
+        return _merge(windows, jnp.asarray(into))
+    merged = np.zeros((MOST_WINDOWS, *windows.shape[1:]), windows.dtype)
+    with np.errstate(over="ignore"):
+        for window, number in zip(windows, into, strict=True):
+            merged[number] += window
+    return merged
 
 
 @jax.jit

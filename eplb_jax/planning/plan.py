@@ -35,7 +35,7 @@ from eplb_jax.planning.strategies import Strategy, resolve_strategy
 from eplb_jax.sharding import by_layers
 from eplb_jax.transition.local_search import improve_plan, plan_cost
 from eplb_jax.transition.relabel import relabel
-from eplb_jax.types import Placement, Replication, Topology, check_topology
+from eplb_jax.types import Placement, Replication, Topology, check_experts, check_topology
 
 Policy = Literal["auto", "global", "hierarchical"]
 """Whether groups of experts are kept on nodes: see `plan`."""
@@ -127,28 +127,19 @@ def rebalance_experts(
     num_gpus: int,
     *,
     policy: Policy = "auto",
-    strategy: str | Strategy = "auto",
-    key: Key[Array, ""] | None = None,
-    previous: Placement | LoadLike | None = None,
-    max_moves: int | None = None,
-    move_penalty: float | None = None,
-    check: bool = True,
+    **options: Any,
 ) -> Placement:
     """`plan` with DeepSeek's arguments, names and order.
 
     Args:
-        weight: The load, as of `plan`.
+        weight: The load of `plan`, [L, E] or [T, L, E].
         num_replicas: R, physical slots of a layer; a multiple of num_gpus, at least E.
         num_groups: Groups of consecutive experts; divides E.
         num_nodes: N; divides num_gpus and, for the hierarchical policy, num_groups.
         num_gpus: G, over all nodes.
-        policy: As of `plan`, and so are all that follow.
-        strategy: A name or a `Strategy`; "greedy" is DeepSeek's plan, slot for slot.
-        key: For strategies that draw at random.
-        previous: The plan in place.
-        max_moves: Per layer, the maximum number of moves from another GPU.
-        move_penalty: Imbalance that a move must gain.
-        check: Whether to reject invalid loads.
+        policy: "auto", "global" or "hierarchical".
+        **options: The other keyword arguments of `plan`: strategy ("greedy" is DeepSeek's plan,
+            slot for slot), key, previous, max_moves, move_penalty, check.
 
     Returns:
         The plan, which unpacks as DeepSeek's (phy2log, log2phy, logcnt).
@@ -165,17 +156,41 @@ def rebalance_experts(
     References:
         DeepSeek-AI, EPLB (github.com/deepseek-ai/EPLB): the function of this name.
     """
-    options = {"policy": policy, "strategy": strategy, "key": key, "check": check}
-    options |= {"previous": previous, "max_moves": max_moves, "move_penalty": move_penalty}
-    array = as_load(weight, "weight", least_axes=2, check=check)
+    array = as_load(weight, "weight", least_axes=2, check=options.get("check", True))
+    counts = num_replicas, num_groups, num_nodes, num_gpus
+    topology = topology_of(array.shape[-1], *counts, policy=policy)
+    return place(_plan_replicas(array, topology, "weight", policy=policy, **options))
+
+
+def topology_of(
+    num_experts: int,
+    num_replicas: int,
+    num_groups: int,
+    num_nodes: int,
+    num_gpus: int,
+    *,
+    policy: Policy = "auto",
+) -> Topology:
+    """The topology that DeepSeek's arguments mean.
+
+    Under the global policy, which needs no nodes, num_nodes need not divide num_gpus.
+
+    Raises:
+        TypeError: A number is not an integer.
+        ValueError: num_replicas is no multiple of num_gpus or less than num_experts, or a number
+            is less than 1.
+
+    Example:
+        >>> topology_of(256, 288, 8, 4, 32)
+        Topology(num_gpus=32, slots=9, num_nodes=4, num_groups=8)
+    """
     num_replicas = as_count("num_replicas", num_replicas)
     num_gpus, num_nodes = as_count("num_gpus", num_gpus), as_count("num_nodes", num_nodes)
-    check_multiple("num_replicas", num_replicas, "num_gpus", num_gpus, least=array.shape[-1])
+    check_multiple("num_replicas", num_replicas, "num_gpus", num_gpus, least=num_experts)
     num_groups = as_count("num_groups", num_groups)
     if num_gpus % num_nodes and resolve_policy(policy, num_groups, num_nodes) == "global":
-        num_nodes = 1  # the global policy needs no nodes
-    topology = Topology.of_replicas(num_replicas, num_gpus, num_nodes, num_groups)
-    return place(_plan_replicas(array, topology, "weight", **options))
+        num_nodes = 1
+    return Topology(num_gpus, num_replicas // num_gpus, num_nodes, num_groups)
 
 
 def plan_replicas(load: LoadLike, topology: Topology, **options: Any) -> Replication:
@@ -272,12 +287,7 @@ def resolve_policy(
 def _is_hierarchical(topology: Topology, policy: Policy, num_experts: int) -> bool:
     """Whether groups are packed to nodes; raises ValueError where topology and experts misfit."""
     num_groups, num_nodes = topology.num_groups, topology.num_nodes
-    if topology.num_replicas < num_experts:
-        least = -(-num_experts // topology.num_gpus)
-        raise ValueError(
-            f"topology has {topology.num_replicas} slots for {num_experts} experts; "
-            f"nearest: slots={least}"
-        )
+    check_experts(topology, num_experts)
     if resolve_policy(policy, num_groups, num_nodes) == "global":
         check_size(topology.num_replicas, topology.num_gpus)
         return False

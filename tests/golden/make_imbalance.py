@@ -18,10 +18,10 @@ import torch
 
 def main() -> None:
     HERE = Path(__file__).parent
-    sys.path[:0] = [str(HERE.parent), sys.argv[1]]
+    sys.path[:0] = [str(HERE.parent.parent), sys.argv[1]]
 
-    from helpers import mean_imbalance
-    from test_quality import LOADS
+    from tests.helpers import mean_imbalance
+    from tests.test_quality import LOADS
 
     torch.manual_seed(0)
     random.seed(0)

@@ -1,0 +1,87 @@
+"""The same plans, bit for bit, however they are computed; run at XLA's default flags.
+
+python tests/default_flags.py            # all checks; prints a hash of the plans
+python tests/default_flags.py --eager    # the hash alone, of eager calls
+"""
+
+import hashlib
+import os
+import sys
+from functools import partial
+from pathlib import Path
+
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import eplb_jax
+from eplb_jax import Topology, plan
+
+LAYERS, PART, EXPERTS = 320, 64, 16
+TOPOLOGY = Topology(4, slots=6, num_nodes=2, num_groups=4)
+GLOBAL = Topology(4, slots=6)
+RNG = np.random.default_rng(0)
+
+
+def loads():
+    """Loads of few distinct values, loads that differ in their last bits, and lognormal ones."""
+    tied = RNG.integers(1, 4, (LAYERS // 4, EXPERTS))
+    near = 1000 * (1 + 1e-6 * RNG.standard_normal((LAYERS // 4, EXPERTS)))
+    drawn = RNG.lognormal(size=(LAYERS // 2, EXPERTS))
+    return RNG.permutation(np.concatenate([tied, near, drawn])).astype(np.float32)
+
+
+def limited(load):
+    """A plan within a limit of moves, from experts in order with the last eight twice."""
+    held = np.append(np.arange(EXPERTS), np.arange(8, EXPERTS)).reshape(6, 4).T.ravel()
+    old = jnp.broadcast_to(jnp.asarray(held, jnp.int32), (load.shape[-2], held.size))
+    return plan(load, GLOBAL, previous=old, max_moves=5, strategy="greedy")
+
+
+WINDOWS = np.stack([loads(), loads(), loads()])
+CASES = {
+    "auto": (partial(plan, topology=TOPOLOGY), WINDOWS[0]),
+    "auto, windows": (partial(plan, topology=GLOBAL), WINDOWS),
+    "greedy": (partial(plan, topology=TOPOLOGY, strategy="greedy"), WINDOWS[0]),
+    "max_moves": (limited, WINDOWS[0]),
+}
+
+
+def assert_same(name, got, expected):
+    for x, y in zip(got, expected, strict=True):
+        np.testing.assert_array_equal(np.asarray(x).reshape(y.shape), y, err_msg=name)
+
+
+def main():
+    digest = hashlib.sha256()
+    mesh = jax.make_mesh((8,), ("layers",), axis_types=(jax.sharding.AxisType.Auto,))
+    for name, (make, load) in CASES.items():
+        eager = make(load)
+        digest.update(b"".join(np.asarray(x).tobytes() for x in eager))
+        if "--eager" in sys.argv:
+            continue
+        parts = [make(load[..., i : i + PART, :]) for i in range(0, LAYERS, PART)]
+        parts = [np.concatenate(x) for x in zip(*parts, strict=True)]
+        assert_same(f"{name}: {PART} of {LAYERS} layers at a time", parts, eager)
+        batch = np.moveaxis(load.reshape(*load.shape[:-2], -1, PART, EXPERTS), -3, 0)
+        spec = jax.P(*(None,) * (batch.ndim - 2), "layers")
+        sharded = jax.device_put(batch, jax.sharding.NamedSharding(mesh, spec))
+        assert_same(f"{name}: jit, vmap, sharded", jax.jit(jax.vmap(make))(sharded), eager)
+    if "--eager" not in sys.argv:
+        load, strategy = WINDOWS[0, :PART], {"strategy": "greedy"}
+        old = plan(WINDOWS[1, :PART], GLOBAL, **strategy)
+        for limits in ({}, {"max_moves": 3}):
+            compiled = eplb_jax.precompile(
+                load.shape, GLOBAL, with_previous=True, **strategy, **limits
+            )
+            direct = plan(load, GLOBAL, previous=old, **strategy, **limits)
+            assert_same(f"precompiled {limits}", compiled(load, old), direct)
+    print(digest.hexdigest())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,21 @@
+"""Plans are the same, bit for bit, as users compile: eager, jitted, batched, sharded, in parts."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+SCRIPT = Path(__file__).with_name("default_flags.py")
+
+
+def run(*options, **env):
+    """What the script prints, in a process of its own."""
+    command = [sys.executable, SCRIPT, *options]
+    return subprocess.run(
+        command, check=True, capture_output=True, text=True, env=os.environ | env
+    ).stdout
+
+
+def test_all_ways_to_plan_agree_and_so_does_a_fresh_process():
+    no_cache = {"JAX_ENABLE_COMPILATION_CACHE": "false"}
+    assert run(**no_cache) == run("--eager")

@@ -1,0 +1,93 @@
+"""Plans that are compiled ahead of time."""
+
+import re
+import warnings
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tests.helpers import lognormal
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+import eplb_jax
+from eplb_jax import Topology
+
+TOPOLOGY = Topology(4, slots=5, num_nodes=2, num_groups=4)
+
+
+@pytest.mark.parametrize(
+    ("policy", "strategy"), [("global", "auto"), ("global", "greedy"), ("hierarchical", "greedy")]
+)
+def test_the_plan_of_a_direct_call(policy, strategy):
+    load = (lognormal(5, 16) * 1000).astype(np.int64)
+    plan = eplb_jax.precompile(load.shape, TOPOLOGY, policy=policy, strategy=strategy)
+    direct = eplb_jax.plan(load, TOPOLOGY, policy=policy, strategy=strategy)
+    for values in (load, load.astype(np.float32), load.tolist(), jnp.asarray(load, jnp.float32)):
+        chex.assert_trees_all_equal(plan(values), direct)
+
+
+def test_windows_and_the_plan_in_place():
+    windows = np.stack([lognormal(5, 16, seed=i) for i in range(4)])
+    old = eplb_jax.plan(lognormal(5, 16, seed=9), TOPOLOGY)
+    assert not np.array_equal(old.log2phy, eplb_jax.placement_of(old.phy2log).log2phy)
+    for limits in ({}, {"max_moves": 0}, {"max_moves": 2, "move_penalty": 0.01}):
+        limits |= {"strategy": "greedy"}
+        plan = eplb_jax.precompile(windows.shape, TOPOLOGY, with_previous=True, **limits)
+        for previous in (old, np.asarray(old.phy2log)):
+            direct = eplb_jax.plan(windows, TOPOLOGY, previous=previous, **limits)
+            chex.assert_trees_all_equal(plan(windows, previous), direct)
+            if limits.get("max_moves") == 0:
+                np.testing.assert_array_equal(direct.phy2log, old.phy2log)
+                if previous is old:  # layers that stay keep the order of their replicas
+                    np.testing.assert_array_equal(direct.log2phy, old.log2phy)
+
+
+def test_calls_compile_nothing(caplog):
+    plan = eplb_jax.precompile((3, 16), TOPOLOGY, strategy="greedy")
+    plan(lognormal(3, 16))
+    with jax.log_compiles(), warnings.catch_warnings(record=True), caplog.at_level("WARNING"):
+        plan(lognormal(3, 16, seed=1))
+        plan((lognormal(3, 16, seed=2) * 100).astype(np.int64))
+        assert "ompil" not in caplog.text
+        jax.jit(lambda x: x + 3)(1)
+        assert "ompil" in caplog.text  # so a compilation would have been seen
+
+
+def test_layers_over_a_mesh():
+    mesh = Mesh(jax.devices()[:2], ("layers",))
+    over_layers = NamedSharding(mesh, PartitionSpec("layers"))
+    load = lognormal(4, 16)
+    plan = eplb_jax.precompile(load.shape, TOPOLOGY, strategy="greedy", sharding=over_layers)
+    text = plan.executable.as_text()
+    assert not re.search(r"all-(gather|reduce|to-all)|collective-permute", text)
+    direct = eplb_jax.plan(load, TOPOLOGY, strategy="greedy")
+    chex.assert_trees_all_equal(plan(load), direct)
+    limits = {"strategy": "greedy", "max_moves": 3}
+    limited = eplb_jax.precompile(
+        load.shape, TOPOLOGY, with_previous=True, sharding=over_layers, **limits
+    )
+    later = lognormal(4, 16, seed=1)
+    expected = eplb_jax.plan(later, TOPOLOGY, previous=direct, **limits)
+    for old in (direct, jax.device_put(direct, over_layers)):
+        chex.assert_trees_all_equal(limited(later, old), expected)
+
+
+def test_errors():
+    plan = eplb_jax.precompile((3, 16), TOPOLOGY, strategy="greedy")
+    with pytest.raises(ValueError, match=r"compiled for, \(3, 16\), got \(2, 16\)"):
+        plan(lognormal(2, 16))
+    with pytest.raises(TypeError, match="takes no previous; precompile with with_previous=True"):
+        plan(lognormal(3, 16), plan(lognormal(3, 16)))
+    with pytest.raises(ValueError, match="layer 1, expert 2 is nan"):
+        plan(np.where(np.arange(48).reshape(3, 16) == 18, np.nan, 1))
+    with pytest.raises(ValueError, match=r"\(L, E\) or \(T, L, E\), got \(16,\)"):
+        eplb_jax.precompile((16,), TOPOLOGY)
+    with pytest.raises(ValueError, match="max_moves needs previous"):
+        eplb_jax.precompile((3, 16), TOPOLOGY, max_moves=3)
+    limited = eplb_jax.precompile((3, 16), TOPOLOGY, strategy="greedy", with_previous=True)
+    with pytest.raises(TypeError, match="needs previous"):
+        limited(lognormal(3, 16))
+    with pytest.raises(ValueError, match="previous"):
+        limited(lognormal(3, 16), np.zeros((3, 20), np.int32))
