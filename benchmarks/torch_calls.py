@@ -1,11 +1,11 @@
-"""What a call from torch costs beside the same call in JAX, and the check of CUDA tensors.
+"""Time of a call from torch against the same call in JAX, and a check of CUDA tensors.
 
 python benchmarks/torch_calls.py
 
-Plans DeepSeek-V3-0324, 58 x 256 into 288 slots on 32 GPUs, in turn from a JAX array, from NumPy
-counts and from a torch tensor, and prints the median time of each and the median difference to the
-first. With a GPU in both torch and JAX it goes on to CUDA tensors: results equal to the CPU's on
-every route, on another stream too, time, and the GPU memory that JAX has taken.
+Plans DeepSeek-V3-0324, 58 x 256 experts into 288 slots on 32 GPUs, from a JAX array, from NumPy
+counts and from a torch tensor, and prints the median time of each and the median difference from
+the first. If torch and JAX both have a GPU, also with CUDA tensors: whether results equal the CPU's
+with every combination of devices and on another stream, the time, and the GPU memory that JAX uses.
 """
 
 import statistics
@@ -19,14 +19,13 @@ import numpy as np
 import torch
 
 import eplb_jax
-from eplb_jax.checks import LoadLike
 
 COUNTS = 288, 8, 4, 32
 ROUNDS = 200
 
 
 def side_by_side(calls: Mapping[str, Callable[[], object]], rounds: int = ROUNDS) -> None:
-    """Median time of each call, and of its difference to the first of the same round."""
+    """Print the median time of each call and of its difference from the first in the same round."""
     names = list(calls)
     times = {name: np.empty(rounds) for name in names}
     for call in calls.values():
@@ -47,7 +46,7 @@ def side_by_side(calls: Mapping[str, Callable[[], object]], rounds: int = ROUNDS
 def cpu(counts: torch.Tensor, strategy: str) -> None:
     load = jnp.asarray(counts.float().numpy())
 
-    def in_jax(weight: LoadLike) -> object:
+    def in_jax(weight: jax.Array | np.ndarray) -> object:
         return jax.block_until_ready(
             eplb_jax.rebalance_experts(weight, *COUNTS, policy="global", strategy=strategy)
         )
@@ -89,20 +88,20 @@ def gpu(counts: torch.Tensor) -> None:
         late += on_gpu
         plan = eplb_torch.rebalance_experts(late, *COUNTS, device="cuda")
         same = torch.equal(plan[0].cpu(), expected[0])
-    print(f"    written late on its stream   as on the CPU: {same}")
+    print(f"    written late on a stream     as on the CPU: {same}")
     shared = eplb_torch.to_jax(on_gpu.float())
     print(f"    to_jax of a CUDA tensor is on {shared.device}")
     side_by_side(routes)
     free, total = torch.cuda.mem_get_info()
     taken = total - free - torch.cuda.memory_reserved()
-    print(f"    taken beside torch's own memory: {taken / 2**20:.0f} of {total / 2**20:.0f} MiB")
+    print(f"    used outside torch's pool: {taken / 2**20:.0f} of {total / 2**20:.0f} MiB")
 
 
 def main() -> None:
     counts = torch.from_numpy(eplb_jax.loads.example().sum(axis=0))
     print(f"torch {torch.__version__}, jax {jax.__version__}, 58 x 256 -> 288 / 32, global")
     if torch.cuda.is_available():
-        eplb_torch.preload(counts.shape, *COUNTS)  # before JAX starts in another way
+        eplb_torch.preload(counts.shape, *COUNTS)  # before JAX starts and reserves GPU memory
         if jax.default_backend() == "gpu":
             gpu(counts)
     for strategy in ("greedy", "auto"):

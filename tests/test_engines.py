@@ -1,6 +1,6 @@
-"""The contracts of vLLM and SGLang, on stand-ins for them and, marked `peers`, on SGLang itself.
+"""The contracts of vLLM and SGLang, on stubs and, in the test marked `peers`, on SGLang itself.
 
-`make peers` installs SGLang's Python files without what they depend on, and runs those.
+`make peers` installs SGLang's Python files without their dependencies and runs that test.
 """
 
 import enum
@@ -26,7 +26,7 @@ PEERS = Path(sys.prefix) / "peers"
 
 
 def modules(monkeypatch, **contents):
-    """Modules of these names, and the packages that hold them, for the length of a test."""
+    """Stub modules and their parent packages, for the length of a test."""
     for name, values in contents.items():
         parts = name.split("__")
         for i in range(1, len(parts) + 1):
@@ -104,13 +104,34 @@ def test_vllm_calls_by_position_from_a_thread(policies, monkeypatch):
 
 def test_vllm_moves_no_more_than_it_is_told(policies):
     old = torch.arange(48).expand(3, 48) % 32
+    topology = eplb_jax.Topology.of_replicas(48, 8, 2, 4)
     for most in (0, 5):
         vllm.install(max_moves=most)
         plan = policies["default"].rebalance_experts(LOAD, *COUNTS, old)
-        fetched = eplb_jax.moves(old.numpy(), plan.numpy(), 8).copies[:, 2:].sum(axis=1)
-        assert fetched.max() == most
-    with pytest.raises(ValueError, match="max_moves=-1 is negative"):
+        received = eplb_jax.moves(old.numpy(), plan.numpy(), topology).received
+        assert received.sum(axis=1).max() == most
+    with pytest.raises(ValueError, match="max_moves=-1 is negative; nearest: 0"):
         vllm.install(max_moves=-1)
+    with pytest.raises(TypeError, match=r"max_moves must be a whole number, got 1\.5"):
+        vllm.install(max_moves=1.5)
+
+
+@pytest.mark.parametrize(
+    "as_old", [lambda x: x.to(torch.uint16), lambda x: x.int(), lambda x: x.tolist()]
+)
+def test_vllm_takes_an_old_map_of_any_integers(as_old):
+    old = torch.arange(48).expand(3, 48) % 32
+    expected = vllm.EplbPolicy.rebalance_experts(LOAD, *COUNTS, old)
+    assert torch.equal(vllm.EplbPolicy.rebalance_experts(LOAD, *COUNTS, as_old(old)), expected)
+
+
+def test_a_stage_without_layers():
+    none, old = torch.zeros(0, 32), torch.zeros(0, 48, dtype=torch.int64)
+    for arguments in ((), (old,)):
+        plan = vllm.EplbPolicy.rebalance_experts(none, *COUNTS, *arguments)
+        assert plan.shape == (0, 48)
+    maps = sglang.rebalance_experts(torch.zeros(5, 0, 32), 48, 6, 4, 2, "deepseek_hierarchical")
+    assert maps[0].shape == (0, 48)
 
 
 def test_vllm_of_an_older_release_gets_three_maps(policies):
@@ -123,7 +144,7 @@ def test_vllm_of_an_older_release_gets_three_maps(policies):
     assert len(policies["default"].rebalance_experts(LOAD, *COUNTS)) == 3
 
 
-def test_a_subclass_has_options_of_its_own():
+def test_a_subclass_has_its_own_options():
     class Greedy(vllm.EplbPolicy):
         strategy = "greedy"
         all_maps = True
@@ -173,8 +194,8 @@ def test_sglang_hierarchical(algorithm, dtype):
     [
         ((48, 5, 4, 2, "deepseek"), "num_local_physical_experts=5 does not divide"),
         ((48, 6, None, 2, "deepseek_hierarchical"), "needs num_groups, got None"),
-        ((48, 6, 4, 2, "elasticity_aware"), "'elasticity_aware' is not offered; choose one"),
-        ((48, 6, 4, 2, None), "algorithm=None is not offered"),
+        ((48, 6, 4, 2, "elasticity_aware"), "'elasticity_aware' is not supported; choose one"),
+        ((48, 6, 4, 2, None), "algorithm=None is not supported"),
     ],
 )
 def test_sglang_bad_input_is_named(arguments, message):

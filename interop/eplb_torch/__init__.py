@@ -1,13 +1,13 @@
-"""DeepSeek's EPLB for PyTorch callers: the plans of `eplb_jax` as torch tensors.
+"""DeepSeek's EPLB for PyTorch: the plans of `eplb_jax` as torch tensors.
 
-`import eplb_torch as eplb` takes the place of `import eplb`. `eplb_torch.vllm` and
-`eplb_torch.sglang` plug into those engines; `to_jax` and `to_torch` are the hand-over itself.
+`import eplb_torch as eplb` replaces `import eplb`. `eplb_torch.vllm` and `eplb_torch.sglang` are
+plug-ins for those engines. `to_jax` and `to_torch` convert tensors and arrays.
 """
 
+from eplb_torch.conversion import to_jax as to_jax
+from eplb_torch.conversion import to_torch as to_torch
 from eplb_torch.eplb import balanced_packing as balanced_packing
 from eplb_torch.eplb import preload as preload
 from eplb_torch.eplb import rebalance_experts as rebalance_experts
 from eplb_torch.eplb import rebalance_experts_hierarchical as rebalance_experts_hierarchical
 from eplb_torch.eplb import replicate_experts as replicate_experts
-from eplb_torch.handover import to_jax as to_jax
-from eplb_torch.handover import to_torch as to_torch

@@ -1,4 +1,4 @@
-"""The JAX device that plans are computed on, and how JAX's backend starts beside torch."""
+"""The JAX device that plans are computed on, and the start of JAX's backend beside torch."""
 
 import contextlib
 import functools
@@ -9,7 +9,7 @@ from typing import ParamSpec, TypeVar
 import jax
 import torch
 
-_GPU_MEMORY_IS_SET_BY = (
+_GPU_MEMORY_VARIABLES = (
     "XLA_PYTHON_CLIENT_PREALLOCATE",
     "XLA_PYTHON_CLIENT_ALLOCATOR",
     "XLA_PYTHON_CLIENT_MEM_FRACTION",
@@ -19,22 +19,22 @@ _GPU_MEMORY_IS_SET_BY = (
 P = ParamSpec("P")
 T = TypeVar("T")
 
-_lost_in_fork = False
+_forked_after_start = False
 
 
 def _after_fork() -> None:
-    global _lost_in_fork
+    global _forked_after_start
     with contextlib.suppress(ImportError):
-        from jax._src.xla_bridge import backends_are_initialized  # no public function says so
+        from jax._src.xla_bridge import backends_are_initialized  # there is no public one
 
-        _lost_in_fork = backends_are_initialized()
+        _forked_after_start = backends_are_initialized()
 
 
 os.register_at_fork(after_in_child=_after_fork)
 
 
 def compute_device(device: "str | torch.device | jax.Device | None") -> jax.Device:
-    """The JAX device that is meant; None is the CPU, or JAX's default device if it has no CPU.
+    """The JAX device of this name; None: the CPU, or JAX's default device if it has no CPU.
 
     Raises:
         RuntimeError: As `find_device`.
@@ -49,15 +49,15 @@ def compute_device(device: "str | torch.device | jax.Device | None") -> jax.Devi
     found = find_device(platform, int(index or 0)) if index.isdigit() or not index else None
     if found is None:
         known = ", ".join(f"{d.platform}:{d.local_hardware_id or 0}" for d in jax.local_devices())
-        raise ValueError(f"device={str(device)!r} is not one that JAX has here; it has: {known}")
+        raise ValueError(f"device={str(device)!r} is not known to JAX; choose one of: {known}")
     return found
 
 
 def find_device(platform: str, index: int) -> jax.Device | None:
-    """JAX's device for torch's; a CPU is one device whatever JAX splits it into.
+    """JAX's device for a torch device, or None. All CPU devices of JAX are torch's "cpu:0".
 
     Raises:
-        RuntimeError: The process was forked from one in which JAX's backend ran already.
+        RuntimeError: The process was forked after JAX's backend had started in its parent.
     """
     _check_fork()
     _start_backend()
@@ -73,23 +73,23 @@ def find_device(platform: str, index: int) -> jax.Device | None:
 
 
 def _check_fork() -> None:
-    if _lost_in_fork:
+    if _forked_after_start:
         raise RuntimeError(
-            "this process was forked after JAX had started in its parent, so that a JAX call would "
-            "never return; start workers by 'spawn', or call JAX in the parent only after forking"
+            "this process was forked after JAX had started in its parent, and a JAX call would "
+            "hang; start workers with 'spawn', or fork before the first JAX call of the parent"
         )
 
 
 @functools.cache
 def _start_backend() -> None:
-    """Start JAX's backend so that it takes GPU memory as it needs it.
+    """Start JAX's backend so that it allocates GPU memory on demand.
 
     By default JAX reserves three quarters of every GPU when its backend starts, which leaves
-    too little to torch. Nothing is changed if torch cannot use GPUs, if the environment says how
-    much JAX may take, or if the backend runs already.
+    too little for torch. Nothing changes if torch has no GPU support, if the environment sets
+    JAX's share of the memory, or if the backend has started already.
     """
     gpus = torch.version.cuda or torch.version.hip
-    if not gpus or any(name in os.environ for name in _GPU_MEMORY_IS_SET_BY):
+    if not gpus or any(name in os.environ for name in _GPU_MEMORY_VARIABLES):
         return
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
     try:
@@ -99,10 +99,10 @@ def _start_backend() -> None:
 
 
 def untraced(function: Callable[P, T]) -> Callable[P, T]:
-    """Under `torch.compile` a break of the graph, where the function runs as it is.
+    """The function, run eagerly under `torch.compile`, which breaks its graph there.
 
-    What `torch.compiler.disable` does, but its import, which takes longer than torch's own,
-    waits until something is compiled.
+    As `torch.compiler.disable`, but that imports torch._dynamo, which takes longer than torch
+    itself; here the import is delayed until something is compiled.
     """
 
     @functools.wraps(function)

@@ -1,14 +1,15 @@
 """DeepSeek's functions on torch tensors: their names, arguments, shapes and types.
 
-The first call with a new shape, counts, strategy and device compiles, which takes seconds;
-`preload` does that ahead. Later calls with new values or another dtype compile nothing.
+The first call with a new shape, topology, strategy or device compiles, which takes seconds;
+`preload` does so ahead of time. Later calls with new values or another dtype compile nothing.
 
-Plans are computed on the CPU unless `device` says otherwise, as DeepSeek's are, and GPUs are left
-to the model. Where JAX itself has GPUs, its first call starts them whatever `device` says, but
-without reserving their memory, unless the environment (XLA_PYTHON_CLIENT_PREALLOCATE,
-XLA_CLIENT_MEM_FRACTION) asks for that; JAX_PLATFORMS=cpu keeps JAX off them altogether.
+Plans are computed on the CPU unless `device` names another device. If JAX has GPUs, its first call
+starts them in any case, but reserves none of their memory unless the environment
+(XLA_PYTHON_CLIENT_PREALLOCATE, XLA_CLIENT_MEM_FRACTION) asks for it. JAX_PLATFORMS=cpu keeps JAX
+off GPUs.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,10 +18,9 @@ import numpy as np
 import torch
 
 import eplb_jax
-from eplb_jax import Strategy
-from eplb_jax.planning.plan import Policy, place_replicas
+from eplb_jax import Policy, Strategy
 from eplb_torch.backend import compute_device, untraced
-from eplb_torch.handover import load_for, map_for
+from eplb_torch.conversion import as_map, as_previous, as_weight
 
 Device = str | torch.device | jax.Device | None
 """Where to compute: "cpu" (or None), "cuda", "cuda:1", "tpu", a torch device or a JAX device."""
@@ -35,17 +35,18 @@ def balanced_packing(
     seed: int = 0,
     device: Device = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pack n weighted items of every layer into packs of n / num_packs items, loads even.
+    """Pack n weighted items of every layer into packs of n / num_packs items with balanced loads.
 
     Args:
         weight: [L, n] weights in any unit and of any real dtype.
-        num_packs: How many packs; divides n.
+        num_packs: Number of packs; divides n.
         strategy: A name from `eplb_jax.STRATEGIES` or a `Strategy`; "greedy" is DeepSeek's.
-        seed: Where the strategy draws at random: the same seed gives the same packing.
+        seed: For strategies that draw at random: the same seed gives the same packing.
         device: Where to compute; None: the CPU.
 
     Returns:
-        The pack of every item, and its place there: each int64 [L, n] on the device of `weight`.
+        The pack of every item and its position in that pack, each int64 [L, n] on the device of
+        `weight`.
 
     Raises:
         TypeError: An argument is of the wrong kind.
@@ -57,26 +58,27 @@ def balanced_packing(
     """
     target = compute_device(device)
     with jax.default_device(target):
-        load = load_for(target, weight)
-        packing = eplb_jax.balanced_packing(load, num_packs, strategy=strategy, key=_key(seed))
+        load, key = as_weight(weight, target), jax.random.key(seed)
+        packing = eplb_jax.balanced_packing(load, num_packs, strategy=strategy, key=key)
     pack_index, rank_in_pack = packing
-    return map_for(weight, pack_index), map_for(weight, rank_in_pack)
+    return as_map(pack_index, weight), as_map(rank_in_pack, weight)
 
 
 @untraced
 def replicate_experts(
     weight: torch.Tensor, num_phy: int, *, device: Device = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Give the spare replicas of every layer, one by one, to the expert of most load per replica.
+    """Give each spare replica of a layer to the expert with the most load per replica.
 
     Args:
         weight: [L, E] loads in any unit and of any real dtype.
-        num_phy: R, how many replicas a layer has in all; at least E.
+        num_phy: R, the number of replicas of a layer; at least E.
         device: Where to compute; None: the CPU.
 
     Returns:
         The expert of every replica and the replica's rank among those of its expert, each
-        int64 [L, R], and the replicas of every expert, int64 [L, E], on the device of `weight`.
+        int64 [L, R], and the number of replicas of every expert, int64 [L, E], on the device of
+        `weight`.
 
     Raises:
         TypeError: An argument is of the wrong kind.
@@ -88,9 +90,9 @@ def replicate_experts(
     """
     target = compute_device(device)
     with jax.default_device(target):
-        replication = eplb_jax.replicate_experts(load_for(target, weight), num_phy)
+        replication = eplb_jax.replicate_experts(as_weight(weight, target), num_phy)
     phy2log, rank, logcnt = replication
-    return map_for(weight, phy2log), map_for(weight, rank), map_for(weight, logcnt)
+    return as_map(phy2log, weight), as_map(rank, weight), as_map(logcnt, weight)
 
 
 @untraced
@@ -109,7 +111,8 @@ def rebalance_experts_hierarchical(
 
     Returns:
         The expert in every slot and the rank of that replica among those of its expert, each
-        int64 [L, R], and the replicas of every expert, int64 [L, E], on the device of `weight`.
+        int64 [L, R], and the number of replicas of every expert, int64 [L, E], on the device of
+        `weight`.
 
     Raises:
         TypeError: An argument is of the wrong kind.
@@ -120,9 +123,12 @@ def rebalance_experts_hierarchical(
         >>> rebalance_experts_hierarchical(load, 6, 1, 1, 3)[:2]
         (tensor([[0, 3, 0, 3, 1, 2]]), tensor([[1, 1, 0, 0, 0, 0]]))
     """
+    options: dict[str, Any] = {"strategy": strategy, "seed": seed, "device": device}
     counts = num_physical_experts, num_groups, num_nodes, num_gpus
-    phy2log, rank, logcnt = _plan(weight, counts, "hierarchical", strategy, seed, device)
-    return map_for(weight, phy2log), map_for(weight, rank), map_for(weight, logcnt)
+    phy2log, log2phy, logcnt = rebalance_experts(weight, *counts, policy="hierarchical", **options)
+    listed = log2phy.gather(1, phy2log[..., None].expand(-1, -1, log2phy.shape[2]))
+    slot = torch.arange(phy2log.shape[1], device=phy2log.device)
+    return phy2log, (listed == slot[:, None]).int().argmax(dim=2), logcnt
 
 
 @untraced
@@ -137,36 +143,37 @@ def rebalance_experts(
     policy: Policy = "auto",
     seed: int = 0,
     device: Device = None,
-    previous: torch.Tensor | None = None,
+    previous: Any = None,
     max_moves: int | None = None,
-    price: float = 0.0,
+    move_penalty: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Plan where the replicas of every expert lie, from measured loads.
+    """Choose the expert of every physical slot, from measured loads.
 
-    With ``strategy="greedy"`` the plan is DeepSeek's, bit for bit where no loads tie; among ties,
-    as all replicas of one expert are, the lowest index goes first. All other strategies balance
-    better, and hold no expert twice on a GPU where that can be avoided.
+    With ``strategy="greedy"`` the plan is DeepSeek's, bit for bit where no loads tie. Ties, which
+    the replicas of one expert always are, go to the lowest index. The other strategies balance
+    better, and avoid two replicas of an expert on one GPU where possible.
 
     Args:
         weight: [L, E] loads in any unit (tokens) and of any real dtype, or [T, L, E] of T past
-            windows, oldest first: the plan is then made for the next.
+            windows, oldest first: the plan is then made for the next window.
         num_replicas: R, physical slots of a layer; a multiple of num_gpus, at least E.
         num_groups: Groups of consecutive experts; divides E.
         num_nodes: N; divides num_gpus and, for the hierarchical policy, num_groups.
         num_gpus: G, over all nodes.
         strategy: A name from `eplb_jax.STRATEGIES` or a `Strategy`.
-        policy: "global", "hierarchical", or "auto": hierarchical exactly when num_nodes
-            divides num_groups.
-        seed: Where the strategy draws at random: the same seed gives the same plan.
+        policy: "global", "hierarchical", or "auto": hierarchical exactly if num_nodes divides
+            num_groups.
+        seed: For strategies that draw at random: the same seed gives the same plan.
         device: Where to compute; None: the CPU.
-        previous: [L, R], the expert in every slot until now: as many as possible stay.
-        max_moves: At most so many slots of a layer are fetched from another GPU.
-        price: What a fetched slot costs in imbalance of its layer.
+        previous: [L, R], the expert in every slot of the plan in place, which the new plan stays
+            close to: a tensor on any device, a NumPy array or a list, of integers.
+        max_moves: Per layer, the maximum number of slots that receive an expert from another GPU.
+        move_penalty: Imbalance that a move must gain.
 
     Returns:
-        The expert in every slot, [L, R]; the slots of every expert, [L, E, X] with X the most
-        replicas that an expert has, padded with -1; the replicas of every expert, [L, E]. Each
-        int64, on the device of `weight`, and the caller's to change.
+        The expert in every slot, [L, R]; the slots of every expert, [L, E, X] padded with -1,
+        where X is the maximum number of replicas of an expert; the number of replicas of every
+        expert, [L, E]. Each is a new int64 tensor on the device of `weight`.
 
     Raises:
         TypeError: An argument is of the wrong kind.
@@ -176,13 +183,23 @@ def rebalance_experts(
         >>> rebalance_experts(torch.tensor([[90, 30, 20, 10]]), 6, 1, 1, 3)[0]
         tensor([[0, 3, 0, 3, 1, 2]])
     """
-    counts = num_replicas, num_groups, num_nodes, num_gpus
-    slots = None if previous is None else previous.detach().cpu().numpy()
-    change = {"previous": slots, "max_moves": max_moves, "price": price}
-    phy2log, rank, logcnt = _plan(weight, counts, policy, strategy, seed, device, **change)
-    log2phy = _slots_of(np.asarray(phy2log), np.asarray(rank), np.asarray(logcnt))
-    log2phy = torch.from_numpy(log2phy).to(weight.device)
-    return map_for(weight, phy2log), log2phy, map_for(weight, logcnt)
+    target = compute_device(device)
+    with jax.default_device(target):
+        phy2log, log2phy, logcnt = eplb_jax.rebalance_experts(
+            as_weight(weight, target),
+            num_replicas,
+            num_groups,
+            num_nodes,
+            num_gpus,
+            policy=policy,
+            strategy=strategy,
+            key=jax.random.key(seed),  # an argument, so that all seeds share a program
+            previous=as_previous(previous),
+            max_moves=max_moves,
+            move_penalty=move_penalty,
+        )
+    width = int(np.asarray(logcnt).max(initial=1))
+    return as_map(phy2log, weight), as_map(log2phy, weight, width), as_map(logcnt, weight)
 
 
 def preload(
@@ -195,59 +212,44 @@ def preload(
     strategy: str | Strategy = "auto",
     policy: Policy = "auto",
     device: Device = None,
+    max_moves: int | None = None,
+    move_penalty: float | None = None,
 ) -> None:
-    """Compile `rebalance_experts` for loads of this shape, so that no later call has to wait.
+    """Compile `rebalance_experts` for loads of this shape, so no later call waits for a compiler.
 
-    What is compiled serves any dtype, values, seed, plan in place and thread, and the calls of
-    `eplb_torch.vllm` and `eplb_torch.sglang` with these arguments, until the process ends. Another
-    shape, count, strategy, policy or device is another compilation, and so is another JAX
-    configuration (x64).
+    One call covers any dtype, values, seed, plan in place, limit on moves and thread, and the
+    calls of `eplb_torch.vllm` and `eplb_torch.sglang` with these arguments, until the process
+    ends. Another shape, topology, strategy, policy, device or JAX configuration (x64) needs
+    another call.
 
     Args:
         shape: (L, E), or (T, L, E), of the loads to come.
-        num_replicas: R, as all that follow, of the calls to come.
-        num_groups: Groups of experts.
+        num_replicas: R, as of `rebalance_experts`, and so are all that follow.
+        num_groups: Groups of consecutive experts.
         num_nodes: N.
         num_gpus: G.
         strategy: A name or a `Strategy`.
         policy: "auto", "global" or "hierarchical".
         device: Where to compute; None: the CPU.
+        max_moves: Checked here as in a call. Other limits are covered too.
+        move_penalty: Likewise.
+
+    Raises:
+        TypeError: As `rebalance_experts`.
+        ValueError: As `rebalance_experts`.
 
     Example:
         >>> preload((58, 256), 288, 8, 4, 32)  # doctest: +SKIP
     """
-    counts = num_replicas, num_groups, num_nodes, num_gpus
-    idle = torch.zeros(tuple(shape), device="cpu")
-    options = {"strategy": strategy, "policy": policy, "device": device}
-    plan, *_ = rebalance_experts(idle, *counts, **options)
-    rebalance_experts(idle, *counts, seed=1, previous=plan, **options)  # another seed is a key
-
-
-def _slots_of(phy2log: np.ndarray, rank: np.ndarray, logcnt: np.ndarray) -> np.ndarray:
-    """`log2phy` with room for the most replicas that an expert has, padded with -1."""
-    (num_layers, num_slots), num_experts = phy2log.shape, logcnt.shape[1]
-    most = int(logcnt.max(initial=1))
-    row = np.arange(num_layers)[:, None] * num_experts + phy2log
-    log2phy = np.full((num_layers, num_experts, most), -1)
-    log2phy.reshape(-1)[row * most + rank] = np.arange(num_slots)
-    return log2phy
-
-
-def _plan(
-    weight: torch.Tensor,
-    counts: tuple[int, int, int, int],
-    policy: Policy,
-    strategy: str | Strategy,
-    seed: int,
-    device: Device,
-    **change: Any,
-) -> eplb_jax.Replication:
-    target = compute_device(device)
-    options = {"policy": policy, "strategy": strategy, "key": _key(seed)}
-    with jax.default_device(target):
-        return place_replicas(load_for(target, weight), *counts, **options, **change)
-
-
-def _key(seed: int) -> jax.Array | None:
-    """None stands for seed 0 and costs nothing."""
-    return None if seed == 0 else jax.random.key(seed)
+    call = functools.partial(
+        rebalance_experts,
+        torch.zeros(tuple(shape), device="cpu"),
+        *(num_replicas, num_groups, num_nodes, num_gpus),
+        strategy=strategy,
+        policy=policy,
+        device=device,
+    )
+    old, *_ = call()
+    call(previous=old)
+    most = 0 if max_moves is None else max_moves
+    call(previous=old, max_moves=most, move_penalty=move_penalty)

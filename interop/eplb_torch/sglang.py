@@ -8,9 +8,7 @@ from typing import Any
 import torch
 
 import eplb_torch.eplb
-from eplb_jax import Strategy
-from eplb_jax.checks import as_count, check_divides
-from eplb_jax.planning.strategies import resolve_strategy
+from eplb_jax import Strategy, resolve_strategy
 
 
 def rebalance_experts(
@@ -26,38 +24,43 @@ def rebalance_experts(
     """Plan from measured loads, with SGLang's arguments.
 
     Args:
-        tokens_per_expert: [T, L, E], loads of T steps, oldest first, which are added up to at most
-            16 windows, and for "greedy" to one, as SGLang does; or [L, E].
+        tokens_per_expert: [T, L, E], loads of T steps, oldest first, or [L, E]. Steps are windows;
+            more than 16 are merged into 16, and strategies that do not use windows, such as
+            "greedy", plan for their sum, as SGLang does.
         num_physical_experts: R, physical slots of a layer.
         num_local_physical_experts: Slots of one GPU; divides R.
         num_groups: Groups of consecutive experts; None for a model without.
         num_nodes: N; divides the number of GPUs.
-        algorithm: A member of SGLang's `EplbAlgorithm`, or its name. It says whether the plan
-            is hierarchical, and nothing else; `elasticity_aware`, which leaves out GPUs that
-            are down, is not offered.
-        strategy: How to search: a name from `eplb_jax.STRATEGIES` or a `Strategy`.
+        algorithm: A member of SGLang's `EplbAlgorithm`, or its name, which says whether the plan
+            is hierarchical. `elasticity_aware`, which excludes failed GPUs, is not supported.
+        strategy: A name from `eplb_jax.STRATEGIES` or a `Strategy`.
 
     Returns:
-        The expert in every slot, [L, R]; the slots of every expert, padded with -1; the replicas
-        of every expert, [L, E]. Each int64, on the device of the load.
+        The expert in every slot, [L, R]; the slots of every expert, [L, E, X] padded with -1; the
+        number of replicas of every expert, [L, E]. Each int64, on the device of the load.
 
     Raises:
         TypeError: An argument is of the wrong kind.
-        ValueError: As `eplb_torch.rebalance_experts`, or the algorithm is not offered.
+        ValueError: As `eplb_torch.rebalance_experts`, or the algorithm is not supported.
     """
     name = getattr(algorithm, "name", algorithm)
     if not isinstance(name, str) or not name.startswith("deepseek"):
-        offered = "deepseek, deepseek_hierarchical, deepseek_vec, deepseek_vec_hierarchical"
-        raise ValueError(f"algorithm={algorithm!r} is not offered; choose one of: {offered}")
+        known = "deepseek, deepseek_hierarchical, deepseek_vec, deepseek_vec_hierarchical"
+        raise ValueError(f"algorithm={algorithm!r} is not supported; choose one of: {known}")
     hierarchical = name.endswith("_hierarchical")
     if hierarchical and num_groups is None:
         raise ValueError(f"algorithm={name} needs num_groups, got None; nearest: deepseek")
-    slots = as_count("num_local_physical_experts", num_local_physical_experts)
-    replicas = as_count("num_physical_experts", num_physical_experts)
-    check_divides("num_local_physical_experts", slots, "num_physical_experts", replicas)
+    slots, replicas = num_local_physical_experts, num_physical_experts
+    if slots < 1 or replicas % slots:
+        divisors = (d for d in range(1, replicas + 1) if replicas % d == 0)
+        nearest = min(divisors, key=lambda d: abs(d - slots), default=1)
+        raise ValueError(
+            f"num_local_physical_experts={slots} does not divide num_physical_experts={replicas}; "
+            f"nearest: {nearest}"
+        )
     load = tokens_per_expert
-    in_one = isinstance(load, torch.Tensor) and load.ndim == 3 and not load.is_complex()
-    if in_one and not resolve_strategy(strategy).distinct:
+    steps = isinstance(load, torch.Tensor) and load.ndim == 3 and not load.is_complex()
+    if steps and not resolve_strategy(strategy).distinct:
         load = load.sum(dim=0, dtype=torch.float64 if load.is_floating_point() else torch.int64)
     return eplb_torch.eplb.rebalance_experts(
         load,
@@ -71,12 +74,15 @@ def rebalance_experts(
 
 
 def install(strategy: str | Strategy = "auto") -> None:
-    """Take the place of `sglang.srt.eplb.eplb_algorithms.rebalance_experts` in this process.
+    """Replace `sglang.srt.eplb.eplb_algorithms.rebalance_experts` in this process.
 
-    Plans that must leave out GPUs (`elasticity_aware`) stay with SGLang's own function.
+    The algorithms `elasticity_aware`, which exclude failed GPUs, still call SGLang's function.
+
+    Args:
+        strategy: A name from `eplb_jax.STRATEGIES` or a `Strategy`.
 
     Raises:
-        ImportError: SGLang is missing.
+        ImportError: SGLang is not installed.
         ValueError: The strategy is not known.
     """
     from sglang.srt.eplb import eplb_algorithms  # pyright: ignore[reportMissingImports]

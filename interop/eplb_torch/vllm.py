@@ -1,31 +1,32 @@
 """vLLM: plans for its expert-parallel load balancer.
 
-Set EPLB_TORCH_VLLM=1, or to the name of a strategy, and vLLM's workers load this through the
-entry point `vllm.general_plugins`; nothing else is to be done. In Python, `install()` does it.
+With EPLB_TORCH_VLLM=1, or set to the name of a strategy, vLLM's workers load this module through
+the entry point `vllm.general_plugins`. In Python, call `install()`.
 """
 
 import os
 from typing import ClassVar
 
+import numpy as np
 import torch
 
-from eplb_jax.checks import as_limit, lacking
-from eplb_jax.planning.strategies import Strategy, resolve_strategy
+from eplb_jax import Strategy, resolve_strategy
+from eplb_torch.conversion import as_previous
 from eplb_torch.eplb import rebalance_experts
 
 VARIABLE = "EPLB_TORCH_VLLM"
-"""The environment variable that asks `register` to install: 1, or the name of a strategy."""
+"""The environment variable that `register` reads: 1, or the name of a strategy."""
 
 
 class EplbPolicy:
-    """The contract of vLLM's `AbstractEplbPolicy`; a subclass sets other values.
+    """An implementation of vLLM's `AbstractEplbPolicy`. Subclasses may set other values.
 
     Attributes:
-        strategy: How to search: a name from `eplb_jax.STRATEGIES` or a `Strategy`.
-        max_moves: At most so many slots of a layer fetch their expert from another GPU; None: no
-            limit.
-        all_maps: Whether to return all three maps, as vLLM's releases did before the policies
-            were handed the old map, and not the first alone.
+        strategy: A name from `eplb_jax.STRATEGIES` or a `Strategy`.
+        max_moves: Per layer, the maximum number of slots that receive an expert from another GPU;
+            None: no limit.
+        all_maps: Whether to return all three maps, as older vLLM releases expect, whose policies
+            do not get the old map.
     """
 
     strategy: ClassVar[str | Strategy] = "auto"
@@ -42,7 +43,7 @@ class EplbPolicy:
         num_ranks: int,
         old_global_expert_indices: torch.Tensor | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Plan from a measured load; safe in any thread.
+        """Plan from a measured load. Thread-safe.
 
         Args:
             weight: [L, E] loads in any unit.
@@ -50,9 +51,9 @@ class EplbPolicy:
             num_groups: Groups of consecutive experts; divides E.
             num_nodes: N; divides num_ranks.
             num_ranks: GPUs, over all nodes.
-            old_global_expert_indices: [L, R], the expert in every slot until now: as many as
-                possible stay. Of another shape or without some expert, as after a change of GPUs,
-                it is not used.
+            old_global_expert_indices: [L, R], the expert in every slot of the plan in place, which
+                the new plan stays close to. It is ignored if it has another shape or lacks an
+                expert, as after a change of GPUs.
 
         Returns:
             The expert in every slot, int64 [L, R] on the CPU, or all three maps.
@@ -63,8 +64,10 @@ class EplbPolicy:
         """
         old, counts = old_global_expert_indices, (num_replicas, num_groups, num_nodes, num_ranks)
         kept = {}
-        if old is not None and _is_whole(old, (weight.shape[0], num_replicas), weight.shape[1]):
-            kept = {"previous": old, "max_moves": cls.max_moves}
+        if old is not None:
+            in_place = np.asarray(as_previous(old))
+            if _is_complete(in_place, (weight.shape[0], num_replicas), weight.shape[1]):
+                kept = {"previous": in_place, "max_moves": cls.max_moves}
         phy2log, *others = rebalance_experts(weight, *counts, strategy=cls.strategy, **kept)
         if not cls.all_maps:
             return phy2log.cpu()
@@ -72,41 +75,52 @@ class EplbPolicy:
         return phy2log.cpu(), log2phy.cpu(), logcnt.cpu()
 
 
-def _is_whole(old: torch.Tensor, shape: tuple[int, int], num_experts: int) -> bool:
-    """Whether it is a map of this shape with a slot for every expert."""
-    if old.shape != shape or old.min() < 0 or old.max() >= num_experts:
+def _is_complete(old: np.ndarray, shape: tuple[int, int], num_experts: int) -> bool:
+    """Whether a map has this shape and, in every layer, a slot for every expert."""
+    if old.shape != shape or not np.all((old >= 0) & (old < num_experts)):
         return False
-    return not len(lacking(old.cpu().numpy(), num_experts))
+    held = np.zeros((shape[0], num_experts), bool)
+    held[np.arange(shape[0])[:, None], old.astype(np.intp)] = True
+    return bool(held.all())
 
 
 def install(strategy: str | Strategy = "auto", max_moves: int | None = None) -> None:
-    """Take the place of vLLM's default policy in this process.
+    """Replace vLLM's default policy in this process.
 
-    A plan with `max_moves` fetches at most so many slots of a layer from other GPUs. What the
-    installed vLLM expects, one map or three, is read off its own policy.
+    Whether the installed vLLM expects one map or three is read from the annotations of its policy.
+
+    Args:
+        strategy: A name from `eplb_jax.STRATEGIES` or a `Strategy`.
+        max_moves: Per layer, the maximum number of slots that receive an expert from another GPU;
+            None: no limit.
 
     Raises:
-        ImportError: vLLM is missing, or of a release without policies.
+        ImportError: vLLM is not installed, or is a release without policies.
         TypeError: `max_moves` is not a whole number.
         ValueError: The strategy is not known, or `max_moves` is negative.
     """
     from vllm.distributed.eplb.policy import EPLB_POLICIES  # pyright: ignore[reportMissingImports]
 
+    if max_moves is not None:
+        if not hasattr(max_moves, "__index__"):
+            raise TypeError(f"max_moves must be a whole number, got {max_moves!r}")
+        if max_moves < 0:
+            raise ValueError(f"max_moves={max_moves} is negative; nearest: 0")
     current = EPLB_POLICIES["default"]
     returned = current.rebalance_experts.__annotations__.get("return", "")
     names = {
         "strategy": resolve_strategy(strategy),
-        "max_moves": None if max_moves is None else int(as_limit("max_moves", max_moves)),
+        "max_moves": max_moves,
         "all_maps": getattr(current, "all_maps", "tuple" in str(returned).lower()),
     }
     EPLB_POLICIES["default"] = type("EplbPolicy", (EplbPolicy,), names)
 
 
 def register() -> None:
-    """The entry point: `install` if the environment variable asks for it.
+    """Call `install` if the environment variable is set: the entry point for vLLM.
 
     Raises:
-        ValueError: The variable names no strategy.
+        ValueError: The variable is not the name of a strategy.
     """
     wanted = os.environ.get(VARIABLE, "0")
     if wanted not in ("", "0"):

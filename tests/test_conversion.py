@@ -1,4 +1,4 @@
-"""Tensors to JAX and back: every kind of tensor arrives whole, or is refused in words."""
+"""Tensors to JAX and back: every kind of tensor is converted exactly, or refused by name."""
 
 import gc
 import weakref
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from eplb_torch import handover, to_jax, to_torch
+from eplb_torch import conversion, to_jax, to_torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -39,7 +39,7 @@ def values(tensor):
 @pytest.mark.parametrize("shape", [(), (0, 3), (3, 0), (1,), (1, 5), (4, 5)], ids=str)
 @pytest.mark.parametrize("dtype", NARROW + WIDE, ids=str)
 @pytest.mark.parametrize("by_dlpack", [True, False])
-def test_there_and_back(dtype, shape, by_dlpack, monkeypatch):
+def test_round_trip(dtype, shape, by_dlpack, monkeypatch):
     if not by_dlpack:  # as for pinned memory, or a device that one side does not have
 
         def refuse(*args, **kwargs):
@@ -210,7 +210,7 @@ def fake():
 
 
 def opaque():
-    """A wrapper that says nothing of what it wraps."""
+    """A wrapper without memory of its own."""
 
     class Opaque(torch.Tensor):
         @staticmethod
@@ -247,7 +247,7 @@ def two(kind):
         (lambda: np.ones(3), "must be a torch.Tensor, got ndarray"),
     ],
 )
-def test_what_cannot_be_handed_over_is_refused(make, message):
+def test_what_cannot_be_converted_is_refused(make, message):
     with pytest.raises(TypeError, match=message):
         to_jax(make())
 
@@ -258,22 +258,22 @@ def test_inside_torch_func():
 
 
 def test_arrays_that_cannot_become_tensors():
-    with pytest.raises(TypeError, match=r"inside jax\.jit"):
+    with pytest.raises(TypeError, match=r"traced inside jax\.jit"):
         jax.jit(lambda x: to_torch(x) and x)(jnp.ones(2))
-    with pytest.raises(TypeError, match=r"expected a jax\.Array, got ndarray"):
+    with pytest.raises(TypeError, match=r"array must be a jax\.Array, got ndarray"):
         to_torch(np.ones(2))
     with pytest.raises(TypeError, match=r"random key use jax\.random\.key_data"):
         to_torch(jax.random.key(0))
 
 
 def test_a_device_that_jax_lacks_goes_through_the_cpu(monkeypatch):
-    known = handover.find_device
+    known = conversion.find_device
     asked = []
 
     def find(platform, index):
         asked.append(platform)
         return None if len(asked) == 1 else known(platform, index)
 
-    monkeypatch.setattr(handover, "find_device", find)
+    monkeypatch.setattr(conversion, "find_device", find)
     np.testing.assert_array_equal(to_jax(some((2, 3))), some((2, 3)).numpy())
     assert asked == ["cpu", "cpu"]

@@ -1,6 +1,7 @@
-"""Tensors to JAX arrays and back: memory is shared through DLPack where both sides allow it."""
+"""Tensors to JAX arrays and back, sharing memory through DLPack where possible."""
 
 import contextlib
+from typing import Any
 
 import jax
 import jax.core
@@ -16,23 +17,26 @@ _UNSUPPORTED_BY_DLPACK = AssertionError, BufferError, RuntimeError, TypeError, V
 
 @untraced
 def to_jax(tensor: torch.Tensor, *, copy: bool = False) -> jax.Array:
-    """A JAX array of what the tensor holds, on its device where JAX has that device.
+    """A JAX array with the values of a tensor, on the same device if JAX has it.
 
-    Without `copy` the array shares the memory of a contiguous tensor where it can, as
-    `jax.numpy.from_dlpack` does: do not write to the tensor while the array is in use. Where it
-    cannot (strided, expanded or misaligned memory, pinned memory, a device that JAX does not
-    have) the array is a copy. A CUDA tensor goes over in the order of torch's current stream.
+    Without `copy` the array shares the memory of a contiguous tensor where possible, as with
+    `jax.numpy.from_dlpack`: do not write to the tensor while the array is in use. Otherwise
+    (strided, expanded, misaligned or pinned memory, a device that JAX does not have) it is a copy.
+    A CUDA tensor is read in the order of torch's current stream.
 
-    Without x64 JAX has no 64-bit numbers: float64 becomes float32, and integers become 32-bit
-    ones where all of them fit and float32 where not, so that large counts do not wrap.
+    Without x64, JAX has no 64-bit types: float64 becomes float32; 64-bit integers become 32-bit
+    integers if all of them fit and float32 otherwise, so large counts do not wrap.
 
     Args:
-        tensor: Any dense tensor with a number type that JAX has; gradients are not followed.
-        copy: Whether the array has memory of its own.
+        tensor: A dense tensor of a dtype that JAX has. Gradients are not tracked.
+        copy: Whether to copy in any case.
+
+    Returns:
+        The array, which is on the CPU if JAX does not have the device of the tensor.
 
     Raises:
-        TypeError: Not a tensor, or one without plain memory: on the meta device, fake, sparse,
-            quantised, nested, a wrapper of others, or of a number type that JAX does not have.
+        TypeError: It is not a tensor, has no plain memory (meta, fake, sparse, quantised, nested
+            and wrapper tensors), or has a dtype that JAX does not have.
 
     Example:
         >>> to_jax(torch.tensor([[1, 2], [3, 4]]).T)
@@ -46,17 +50,17 @@ def to_jax(tensor: torch.Tensor, *, copy: bool = False) -> jax.Array:
     pinned = plain.is_cpu and plain.is_pinned()  # JAX would take it for memory of a GPU
     if pinned or (copy and plain.data_ptr() == tensor.data_ptr()):
         plain = plain.clone(memory_format=torch.contiguous_format)
-    # What JAX copies it copies later, unless waited for: the caller may write to the tensor then.
+    # Without the wait JAX may copy after this call returns, when the tensor may have changed.
     with contextlib.suppress(*_UNSUPPORTED_BY_DLPACK):
         return jax.block_until_ready(jnp.from_dlpack(plain))
     return jax.block_until_ready(jax.device_put(np.array(_as_numpy(plain.cpu())), device))
 
 
-def load_for(device: jax.Device, weight: torch.Tensor) -> np.ndarray | jax.Array:
-    """Loads for a computation on a JAX device; on a CPU, a NumPy view of them.
+def as_weight(weight: torch.Tensor, device: jax.Device) -> np.ndarray | jax.Array:
+    """Loads for a computation on a JAX device; for a CPU, a NumPy view of them.
 
-    `eplb_jax` makes NumPy's numbers float32 before JAX sees them, so that no count wraps, and a
-    view costs a tenth of a DLPack import.
+    `eplb_jax` converts NumPy arrays to float32 on the host, so no count wraps, and a view takes a
+    tenth of the time of a DLPack import.
     """
     plain = _plain(weight, "weight")
     if device.platform == "cpu":
@@ -66,24 +70,31 @@ def load_for(device: jax.Device, weight: torch.Tensor) -> np.ndarray | jax.Array
     return jax.device_put(to_jax(plain.to(torch.float32)), device)
 
 
-def map_for(weight: torch.Tensor, array: jax.Array) -> torch.Tensor:
-    """A map of a plan as int64 on the device of `weight`, in memory of its own.
+def as_previous(value: Any) -> Any:
+    """The plan in place as `eplb_jax` takes it: a tensor becomes a NumPy array."""
+    if isinstance(value, torch.Tensor):
+        return _as_numpy(_plain(value, "previous").cpu())
+    return value
 
-    NumPy converts what lies on a CPU: it reads a JAX array in place, in a fifth of the time, and
-    starts no threads as torch does for large tensors, which go on spinning beside JAX's.
+
+def as_map(array: jax.Array, weight: torch.Tensor, width: int | None = None) -> torch.Tensor:
+    """A copy of a map of a plan, or of its first `width` columns, on the device of `weight`.
+
+    On the CPU, NumPy converts to int64: it reads a JAX array in place, takes a fifth of the time,
+    and starts no threads, while torch's threads for large tensors compete with JAX's.
     """
     if next(iter(array.devices())).platform != "cpu":
-        return to_torch(array, weight).to(torch.int64)
-    return torch.from_numpy(np.array(array, np.int64)).to(weight.device)
+        return to_torch(array, weight)[..., :width].to(torch.int64, copy=True)
+    return torch.from_numpy(np.array(np.asarray(array)[..., :width], np.int64)).to(weight.device)
 
 
 def _plain(tensor: torch.Tensor, name: str) -> torch.Tensor:
-    """The tensor without gradients, lazy signs or a subclass, if it has memory to read."""
+    """The tensor detached, resolved and without its subclass, if it has memory to read."""
     if type(tensor) is not torch.Tensor:
         tensor = _without_subclass(tensor, name)
     reason = None
     if tensor.is_nested:
-        reason = "it is nested, hence not rectangular; use to_padded_tensor()"
+        reason = "it is nested, not rectangular; use to_padded_tensor()"
     elif tensor.is_meta:
         reason = "it is on the meta device and holds no values"
     elif tensor.is_quantized:
@@ -91,7 +102,7 @@ def _plain(tensor: torch.Tensor, name: str) -> torch.Tensor:
     elif tensor.layout != torch.strided:
         reason = f"its layout is {tensor.layout}; use to_dense()"
     if reason:
-        raise TypeError(f"{name} cannot be handed to JAX: {reason}")
+        raise TypeError(f"{name} cannot be converted to JAX: {reason}")
     try:
         tensor.data_ptr()
     except RuntimeError as error:
@@ -106,13 +117,13 @@ def _without_subclass(tensor: torch.Tensor, name: str) -> torch.Tensor:
     if dispatches is not getattr(torch.Tensor, "__torch_dispatch__", None):
         kind = type(tensor).__name__
         raise TypeError(
-            f"{name} is a {kind}, which holds no values of its own; hand over a plain tensor"
+            f"{name} is a {kind}, which holds no values of its own; pass a plain tensor"
         )
     return tensor.detach().as_subclass(torch.Tensor)
 
 
 def _narrowed(tensor: torch.Tensor) -> torch.Tensor:
-    """Without x64, 64-bit numbers in torch's own 32-bit ones, lest JAX wrap them."""
+    """The tensor with a 32-bit dtype in place of a 64-bit one, unless JAX uses x64."""
     narrow = {
         torch.float64: torch.float32,
         torch.complex128: torch.complex64,
@@ -130,7 +141,7 @@ def _narrowed(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _as_numpy(tensor: torch.Tensor) -> np.ndarray:
-    """The values in NumPy, in JAX's own types where NumPy has none."""
+    """A NumPy view of a CPU tensor, with JAX's dtypes where NumPy has none."""
     with contextlib.suppress(TypeError):
         return tensor.numpy()
     name = str(tensor.dtype).removeprefix("torch.")
@@ -143,19 +154,21 @@ def _as_numpy(tensor: torch.Tensor) -> np.ndarray:
 def to_torch(
     array: jax.Array, like: torch.Tensor | torch.device | str | None = None, *, copy: bool = True
 ) -> torch.Tensor:
-    """A tensor of what the array holds.
+    """A tensor with the values of a JAX array.
 
-    A JAX array is immutable and a tensor is not, so the tensor has memory of its own. With
-    ``copy=False`` it shares the array's where it can: only read it then, as what is written
-    to it changes the array and all that shares its memory.
+    The tensor is a copy, since JAX arrays are immutable. With ``copy=False`` it shares the memory
+    of the array where possible: do not write to it then, as that changes the array.
 
     Args:
-        array: A concrete array; one that is sharded over several devices is gathered.
-        like: On the device of this tensor, or on this device; None: where the array is.
-        copy: Whether the tensor has memory of its own.
+        array: A concrete array. One sharded over several devices is gathered.
+        like: The device of the result, or a tensor on it; None: the device of the array.
+        copy: Whether to copy in any case.
+
+    Returns:
+        The tensor, of the same dtype.
 
     Raises:
-        TypeError: Not a JAX array, one inside `jax.jit`, a random key, or of a type
+        TypeError: It is not a JAX array, is traced by `jax.jit`, is a random key, or has a dtype
             that torch does not have.
 
     Example:
@@ -163,9 +176,9 @@ def to_torch(
         tensor([0, 1, 2], dtype=torch.int32)
     """
     if isinstance(array, jax.core.Tracer):
-        raise TypeError("a value inside jax.jit cannot become a tensor; return it first")
+        raise TypeError("array is traced inside jax.jit and has no values; return it first")
     if not isinstance(array, jax.Array):
-        raise TypeError(f"expected a jax.Array, got {type(array).__name__}")
+        raise TypeError(f"array must be a jax.Array, got {type(array).__name__}")
     if jnp.issubdtype(array.dtype, jax.dtypes.extended):
         raise TypeError(f"torch has no {array.dtype}; for a random key use jax.random.key_data")
     device = like.device if isinstance(like, torch.Tensor) else like
@@ -174,12 +187,12 @@ def to_torch(
         return _from_numpy(np.array(array)).to(device)
     tensor = shared.to(shared.device if device is None else device, copy=copy)
     if shared.is_cuda and tensor is not shared:
-        torch.cuda.current_stream(shared.device).synchronize()  # JAX may use its memory again
+        torch.cuda.current_stream(shared.device).synchronize()  # JAX may reuse the memory
     return tensor
 
 
 def _shared(array: jax.Array) -> torch.Tensor | None:
-    """A tensor on the memory of the array, where DLPack can say so."""
+    """A tensor that shares the memory of the array, or None if DLPack cannot."""
     if len(array.sharding.device_set) > 1:
         return None
     with contextlib.suppress(*_UNSUPPORTED_BY_DLPACK):
@@ -188,7 +201,7 @@ def _shared(array: jax.Array) -> torch.Tensor | None:
 
 
 def _from_numpy(values: np.ndarray) -> torch.Tensor:
-    """A tensor on the memory of a NumPy array, which is not shared with anything."""
+    """A tensor that takes over the memory of a NumPy array."""
     with contextlib.suppress(TypeError):
         return torch.from_numpy(values)
     name = values.dtype.name
