@@ -16,7 +16,7 @@ import pytest
 import torch
 import torch_oracle
 from eplb_torch import sglang, vllm
-from helpers import lognormal
+from helpers import QUICK, lognormal
 
 import eplb_jax
 
@@ -106,7 +106,7 @@ def test_vllm_moves_no_more_than_it_is_told(policies):
     old = torch.arange(48).expand(3, 48) % 32
     topology = eplb_jax.Topology.of_replicas(48, 8, 2, 4)
     for most in (0, 5):
-        vllm.install(max_moves=most)
+        vllm.install(QUICK, max_moves=most)
         plan = policies["default"].rebalance_experts(LOAD, *COUNTS, old)
         received = eplb_jax.moves(old.numpy(), plan.numpy(), topology).received
         assert received.sum(axis=1).max() == most
@@ -163,8 +163,8 @@ Algorithm = enum.Enum(
 @pytest.mark.parametrize("groups", [None, 4])
 def test_sglang_global(algorithm, groups):
     counts = torch.randint(0, 2**20, (5, 3, 32), dtype=torch.int32)
-    maps = sglang.rebalance_experts(counts, 48, 6, groups, 2, algorithm)
-    expected = eplb_torch.rebalance_experts(counts, 48, 1, 1, 8, policy="global")
+    maps = sglang.rebalance_experts(counts, 48, 6, groups, 2, algorithm, strategy=QUICK)
+    expected = eplb_torch.rebalance_experts(counts, 48, 1, 1, 8, policy="global", strategy=QUICK)
     assert all(torch.equal(x, y) for x, y in zip(maps, expected, strict=True))
     maps = sglang.rebalance_experts(counts, 48, 6, groups, 2, algorithm, strategy="greedy")
     expected = torch_oracle.rebalance_experts(counts.sum(0), 48, 1, 1, 8)
@@ -184,8 +184,10 @@ def test_sglang_hierarchical(algorithm, dtype):
         num_groups=4,
         num_nodes=2,
         algorithm=algorithm,
+        strategy=QUICK,
     )
-    expected = eplb_torch.rebalance_experts(steps.double(), *COUNTS, policy="hierarchical")
+    options = {"policy": "hierarchical", "strategy": QUICK}
+    expected = eplb_torch.rebalance_experts(steps.double(), *COUNTS, **options)
     assert all(torch.equal(x, y) for x, y in zip(maps, expected, strict=True))
 
 
