@@ -119,17 +119,9 @@ def _add_row(value: Int32[Array, "n n"], free: Int32[Array, ""], matching: _Matc
         row = row_of(path.row, before)
         return _Path(jnp.where(index == path.column, row, path.row), before)
 
-    none, start = jnp.zeros(n, bool), jnp.asarray(n, jnp.int32)
-    root = _Tree(
-        matching.row_price,
-        matching.column_price,
-        jnp.full(n, _FAR, jnp.int32),
-        jnp.full(n, n, jnp.int32),
-        none,
-        none,
-        start,
-    )
-    tree = lax.while_loop(is_matched, grow, root)
+    far, root, none = jnp.full(n, _FAR, jnp.int32), jnp.full(n, n, jnp.int32), jnp.zeros(n, bool)
+    start = _Tree(*matching[1:], far, root, none, none, root[0])
+    tree = lax.while_loop(is_matched, grow, start)
     last = _Path(matching.row, tree.column)
     row = lax.while_loop(lambda path: path.column < n, reassign, last).row
     return _Matching(row, tree.row_price, tree.column_price)
