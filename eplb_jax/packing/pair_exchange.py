@@ -176,8 +176,8 @@ def _exchange(packs: _Packs, table: _Table, two: bool) -> _Packs:
     change = jnp.where(chosen[:, None] < 0, 0, jnp.roll(weight, half, axis=0) - weight)
     item = packs.item
     for position, new in zip(at, jnp.roll(given, half, axis=1), strict=True):
-        here = jnp.arange(capacity, dtype=jnp.int32)[:, None] == position
-        item = jnp.where(here, new, item)
+        here = jnp.arange(capacity, dtype=jnp.int32)[:, None] == position[None]
+        item = jnp.where(here, new[None], item)
     return _Packs(item, packs.load + change)
 
 
@@ -189,13 +189,13 @@ def _fixed_by_labels(label: Int32[Array, "c m"]) -> tuple[Bool[Array, "c m"], Bo
     """
     half = label.shape[1] // 2
     a, b = label[:, :half], label[:, half:]
-    same = a[:, None] == b
+    same = a[:, None] == b[None]
     known_a, known_b = jnp.any(same, axis=1), jnp.any(same, axis=0)
     movable_a, movable_b = is_duplicate(a) & ~known_a, is_duplicate(b) & ~known_b
     urgent_a = jnp.any(movable_a, axis=0)
     urgent_b = jnp.any(movable_b, axis=0) & ~urgent_a
-    fixed_a = known_a | (urgent_a & ~movable_a)
-    fixed_b = known_b | (urgent_b & ~movable_b)
+    fixed_a = known_a | (urgent_a[None] & ~movable_a)
+    fixed_b = known_b | (urgent_b[None] & ~movable_b)
     return jnp.concatenate([fixed_a, fixed_b], axis=1), urgent_a | urgent_b
 
 
@@ -229,7 +229,7 @@ def _best_exchange(
     capacity, half = value.shape[1], value.shape[2] // 2
     one, other = (k[capacity:] for k in bundles)
     mark = marks(len(load))
-    single = np.where(bundles[0] == bundles[1], mark.single, 0).astype(np.int32)[:, None]
+    single = np.where(bundles[0] == bundles[1], mark.single, 0).astype(np.int32)[None, :, None]
 
     def after(side: slice, never: int) -> Array:
         """The load without a bundle, less what the partner gains by it; or `never`."""
