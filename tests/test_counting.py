@@ -1,5 +1,7 @@
 """Loads counted in a running model, against NumPy."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import eplb_jax
-from eplb_jax import runtime
+from eplb_jax import Topology, runtime
 from tests.helpers import QUICK
 
 IDS = np.random.default_rng(0).integers(0, 12, (64, 4))
@@ -16,7 +18,7 @@ WANTED = np.bincount(IDS.ravel(), minlength=16)
 
 @pytest.mark.parametrize("dtype", [np.int32, np.uint8, np.int8])
 def test_counts_of_ids(dtype):
-    load = jax.jit(runtime.load_of_ids, static_argnums=1)(IDS.astype(dtype), 16)
+    load = jax.jit(runtime.expert_counts, static_argnums=1)(IDS.astype(dtype), 16)
     np.testing.assert_array_equal(load, WANTED)
     assert load.dtype == jnp.int32
 
@@ -33,13 +35,13 @@ def test_padding_counts_for_nothing():
         (np.where(entries, IDS, 16), None),
         (np.where(entries, IDS, 2**31 - 1), None),
     ]:
-        load = runtime.load_of_ids(ids, 16, mask=mask)
+        load = runtime.expert_counts(ids, 16, mask=mask)
         np.testing.assert_array_equal(load, wanted)
 
 
 def test_uint8_ids_of_256_experts_have_room_for_padding():
     ids = np.array([[255, 3]], np.uint8)
-    load = runtime.load_of_ids(ids, 256, mask=np.array([[True, False]]))
+    load = runtime.expert_counts(ids, 256, mask=np.array([[True, False]]))
     assert load.sum() == load[255] == 1
 
 
@@ -48,18 +50,21 @@ def test_physical_ids_and_slot_counts_become_logical():
     slots = np.random.default_rng(1).integers(0, 6, (50, 2))
     for layer in phy2log:
         wanted = np.bincount(np.asarray(layer)[slots].ravel(), minlength=3)
-        np.testing.assert_array_equal(runtime.load_of_slots(slots, layer, 3), wanted)
+        np.testing.assert_array_equal(runtime.expert_counts_from_slots(slots, layer, 3), wanted)
     counts = jnp.array([[1, 2, 3, 4, 5, 6], [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]], jnp.float32)
-    load = jax.jit(runtime.load_of_counts, static_argnums=2)(counts, phy2log, 3)
+    load = jax.jit(runtime.slot_to_expert_counts, static_argnums=2)(counts, phy2log, 3)
     np.testing.assert_array_equal(load, [[11, 7, 3], [10, 8, 3]])
-    narrow = runtime.load_of_counts(jnp.full(6, 100, jnp.int8), phy2log[0], 3)
+    windows = jnp.stack([counts, 2 * counts])
+    load = runtime.slot_to_expert_counts(windows, phy2log, 3)
+    np.testing.assert_array_equal(load, [[[11, 7, 3], [10, 8, 3]], [[22, 14, 6], [20, 16, 6]]])
+    narrow = runtime.slot_to_expert_counts(jnp.full(6, 100, jnp.int8), phy2log[0], 3)
     np.testing.assert_array_equal(narrow, [300, 200, 100])
 
 
 def test_counts_are_summed_over_mesh_axes():
     mesh = jax.make_mesh((4, 2), ("data", "expert"))
     axes = ("data", "expert")
-    count = lambda ids: runtime.load_of_ids(ids, 16, axis_name=axes)  # noqa: E731
+    count = partial(runtime.expert_counts, num_experts=16, axis_name=axes)
     spread = jax.device_put(IDS.astype(np.int32), jax.NamedSharding(mesh, P(axes)))
     load = jax.jit(jax.shard_map(count, mesh=mesh, in_specs=P(axes), out_specs=P()))(spread)
     np.testing.assert_array_equal(load, WANTED)
@@ -67,26 +72,25 @@ def test_counts_are_summed_over_mesh_axes():
 
 def test_history_keeps_the_last_windows():
     loads = np.random.default_rng(2).integers(0, 9, (10, 2, 3)).astype(np.int32)
-    past = runtime.history(3, 2, 3)
-    step = jax.jit(runtime.recorded, static_argnums=2, donate_argnums=0)
+    past = runtime.init_history(3, 2, 3)
+    step = jax.jit(runtime.update_history, static_argnums=2, donate_argnums=0)
     for load in loads:
         past = step(past, load, 2)
     np.testing.assert_array_equal(past.windows, loads.reshape(5, 2, 2, 3).sum(axis=1)[2:])
     past = step(past, loads[0], 2)
     np.testing.assert_array_equal(past.current, loads[0])
-    assert step._cache_size() == 1
-    past = runtime.recorded(past, loads[1], 1)  # windows have become shorter
+    past = runtime.update_history(past, loads[1], 1)  # windows have become shorter
     np.testing.assert_array_equal(past.windows[-1], loads[0] + loads[1])
 
 
 def test_history_neither_overflows_nor_stalls():
     """A float32 sum alone would stop at 2^24, an int32 one wrap at 2^31."""
     steps, huge = 300, 2**25
-    past, add = runtime.history(1, 1, 2), jax.jit(runtime.recorded, static_argnums=2)
+    past, add = runtime.init_history(1, 1, 2), jax.jit(runtime.update_history, static_argnums=2)
     for _ in range(steps):
         past = add(past, jnp.array([[huge, 1]], jnp.int32), steps)
     np.testing.assert_allclose(past.windows[0, 0], [steps * huge, steps], rtol=1e-7)
-    past = runtime.history(1, 1, 1)
+    past = runtime.init_history(1, 1, 1)
     past = add(past, jnp.array([[2.0**24]]), 2**30)
     many = jax.jit(
         lambda x: jax.lax.fori_loop(0, 1000, lambda _, y: add(y, jnp.ones((1, 1)), 2**30), x)
@@ -97,37 +101,35 @@ def test_history_neither_overflows_nor_stalls():
 
 def test_a_fresh_history_plans_as_if_those_windows_were_not_there():
     load = np.random.default_rng(3).lognormal(size=(1, 8)).astype(np.float32)
-    past = runtime.recorded(runtime.history(3, 1, 8), jnp.asarray(load))
-    plan = eplb_jax.rebalance_experts(past.windows, 12, 1, 1, 4, strategy=QUICK)
-    alone = eplb_jax.rebalance_experts(
-        np.stack([0 * load, 0 * load, load]), 12, 1, 1, 4, strategy=QUICK
-    )
+    past = runtime.update_history(runtime.init_history(3, 1, 8), jnp.asarray(load))
+    plan = eplb_jax.plan(past.windows, Topology(4, 3), strategy=QUICK)
+    alone = eplb_jax.plan(np.stack([0 * load, 0 * load, load]), Topology(4, 3), strategy=QUICK)
     np.testing.assert_array_equal(plan.phy2log, alone.phy2log)
-    assert eplb_jax.metrics.balance(load, plan, 4).imbalance[0] < 0.2
+    assert eplb_jax.metrics.balance(load, plan, Topology(4, 3)).imbalance[0] < 0.2
 
 
 @pytest.mark.parametrize(
     ("call", "error", "says"),
     [
-        (lambda: runtime.load_of_ids(jnp.ones((2, 2)), 4), TypeError, "ids must be whole"),
+        (lambda: runtime.expert_counts(jnp.ones((2, 2)), 4), TypeError, "ids must be integers"),
         (
-            lambda: runtime.load_of_ids(IDS, 4, mask=np.ones(3, bool)),
+            lambda: runtime.expert_counts(IDS, 4, mask=np.ones(3, bool)),
             ValueError,
             r"mask must have the shape of ids, \(64, 4\), or of its tokens, \(64,\), got \(3,\)",
         ),
-        (lambda: runtime.load_of_ids(IDS, 0), ValueError, "num_experts=0"),
+        (lambda: runtime.expert_counts(IDS, 0), ValueError, "num_experts=0"),
         (
-            lambda: runtime.load_of_counts(jnp.ones(3), jnp.zeros(4, jnp.int32), 2),
+            lambda: runtime.slot_to_expert_counts(jnp.ones(3), jnp.zeros(4, jnp.int32), 2),
             ValueError,
             r"counts have the shape \(3,\), but phy2log \(4,\)",
         ),
         (
-            lambda: runtime.recorded(runtime.history(1, 2, 3), jnp.ones((3, 2))),
+            lambda: runtime.update_history(runtime.init_history(1, 2, 3), jnp.ones((3, 2))),
             ValueError,
             r"load has the shape \(3, 2\), the history's \(2, 3\)",
         ),
         (
-            lambda: runtime.recorded(runtime.history(1, 2, 3), jnp.ones((2, 3)), 0),
+            lambda: runtime.update_history(runtime.init_history(1, 2, 3), jnp.ones((2, 3)), 0),
             ValueError,
             "steps_per_window=0",
         ),

@@ -15,6 +15,7 @@ from eplb_jax.types import Placement
 from tests.helpers import assert_bits, lognormal
 
 L, E, R, G = 3, 32, 40, 8
+TOPOLOGY = eplb_jax.Topology(G, R // G, num_nodes=2)
 LOGICAL = {
     "bias": -np.zeros((L, E), np.float32),
     "half": np.asarray(jnp.asarray(lognormal(L * E, 5).reshape(L, E, 5), jnp.bfloat16)),
@@ -22,7 +23,7 @@ LOGICAL = {
 
 
 def modelled(operand, output, input_offsets, send_sizes, output_offsets, recv_sizes, *, axis_name):
-    """`lax.ragged_all_to_all` by its documentation, for stretches of one row."""
+    """`lax.ragged_all_to_all` as documented, for ranges of one row."""
     size, me = lax.axis_size(axis_name), lax.axis_index(axis_name)
     per_device = len(input_offsets) // size
     maps = [
@@ -50,23 +51,20 @@ def test_rows_go_as_moves_says(monkeypatch):
 
     monkeypatch.setattr(lax, "ragged_all_to_all", watched)
     mesh = jax.make_mesh((8,), ("expert",))
-    old, new = (
-        eplb_jax.rebalance_experts(lognormal(L, E, seed=x), R, 1, 1, G, strategy="greedy")
-        for x in (0, 3)
-    )
+    old, new = (eplb_jax.plan(lognormal(L, E, seed=x), TOPOLOGY, strategy="greedy") for x in (0, 3))
     weights = runtime.to_slots(LOGICAL, old, mesh)
     moved, _ = runtime.relocate(weights, old, new, mesh, ragged=True, num_nodes=2)
     layer, slots = np.arange(L)[:, None], np.asarray(new.phy2log)
     assert_bits(moved, {k: x[layer, slots] for k, x in LOGICAL.items()})
     jax.effects_barrier()
-    assert sum(sent) == len(weights) * int(eplb_jax.moves(old, new, G, 2).received.sum())
+    assert sum(sent) == len(weights) * int(eplb_jax.moves(old, new, TOPOLOGY).received.sum())
 
 
 @pytest.mark.parametrize("platform", ["cuda", "tpu"])
 def test_it_is_lowered_for(platform):
     mesh = jax.sharding.AbstractMesh((8,), ("expert",), axis_types=(AxisType.Auto,))
-    like = lambda *shape: jax.ShapeDtypeStruct((L, *shape), jnp.int32)  # noqa: E731
-    shapes = Placement(like(R), like(E, R - E + 1), like(E))
+    shapes = (L, R), (L, E, R - E + 1), (L, E)
+    shapes = Placement(*(jax.ShapeDtypeStruct(x, jnp.int32) for x in shapes))
     weights = {"up": jax.ShapeDtypeStruct((L, R, 4, 6), jnp.float32)}
     move = jax.jit(lambda w, old, new: runtime.relocate(w, old, new, mesh, ragged=True))
     text = move.trace(weights, shapes, shapes).lower(lowering_platforms=(platform,)).as_text()

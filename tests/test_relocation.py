@@ -16,6 +16,7 @@ from eplb_jax import runtime
 from tests.helpers import assert_bits, lognormal
 
 L, E, R, G = 3, 32, 40, 8
+TOPOLOGY = eplb_jax.Topology(G, R // G)
 RNG = np.random.default_rng(0)
 LOGICAL = {
     "up": RNG.normal(size=(L, E, 4, 6)).astype(np.float32),
@@ -35,7 +36,7 @@ MESHES = {
 
 def plan_of(seed, num_experts=E, num_slots=R):
     load = lognormal(L, num_experts, seed=seed)
-    return eplb_jax.rebalance_experts(load, num_slots, 1, 1, G, strategy="greedy")
+    return eplb_jax.plan(load, eplb_jax.Topology(G, num_slots // G), strategy="greedy")
 
 
 def rows(logical, plan):
@@ -79,11 +80,11 @@ def test_no_new_plan_compiles_anything_and_weights_are_replaced_in_place(mesh, c
     move = jax.jit(partial(runtime.relocate, mesh=mesh), donate_argnums=0)
     with jax.log_compiles(), warnings.catch_warnings(), caplog.at_level("WARNING"):
         warnings.simplefilter("ignore")
-        for seed in range(20):
+        for seed in range(5):
             given = weights["up"]
             weights, plan = move(weights, plan, plan_of(seed))
             assert given.is_deleted()
-    assert_bits(weights, rows(LOGICAL, plan_of(19)))
+    assert_bits(weights, rows(LOGICAL, plan_of(4)))
     assert caplog.text.count("Compiling jit(relocate)") == 1
 
 
@@ -94,6 +95,26 @@ def test_experts_that_do_not_divide_by_the_devices(mesh):
     assert_bits(slots, rows(logical, plan))
     assert slots["up"].sharding.spec[1] == "expert"
     assert_bits(runtime.to_logical(slots, plan, mesh), logical)
+
+
+def test_numpy_leaves_stay_on_the_host(mesh, monkeypatch):
+    """Beside a JAX leaf, too: whole tables of a checkpoint do not fit on one device."""
+    plan, read = plan_of(0), []
+    make = jax.make_array_from_callback
+    monkeypatch.setattr(jax, "make_array_from_callback", lambda *x: read.append(x[0]) or make(*x))
+    mixed = LOGICAL | {"bias": jnp.asarray(LOGICAL["bias"])}
+    slots = runtime.to_slots(mixed, np.asarray(plan.phy2log), mesh)
+    assert_bits(slots, rows(LOGICAL, plan))
+    assert read == [(L, R, 4, 6)]
+
+
+def test_foreign_maps(mesh):
+    old, new = plan_of(0), plan_of(1)
+    weights = runtime.to_slots(LOGICAL, old, mesh)
+    moved, plan = runtime.relocate(weights, np.asarray(old.phy2log), new.phy2log.tolist(), mesh)
+    assert_bits(moved, rows(LOGICAL, new))
+    np.testing.assert_array_equal(plan.logcnt, new.logcnt)
+    assert_bits(runtime.to_logical(moved, new.phy2log, mesh), LOGICAL)
 
 
 def test_one_layer_and_permutations(mesh):
@@ -107,9 +128,9 @@ def test_one_layer_and_permutations(mesh):
     assert_bits(runtime.to_logical(moved, plan, mesh), layer)
 
 
-def test_some_layers(mesh):
+def test_select_layers(mesh):
     old, new = plan_of(0), plan_of(1)
-    mixed = runtime.some_layers(old, new, jnp.array([False, True, False]))
+    mixed = runtime.select_layers(old, new, jnp.array([False, True, False]))
     eplb_jax.check_placement(mixed)
     moved, _ = runtime.relocate(runtime.to_slots(LOGICAL, old, mesh), old, mixed, mesh)
     assert_bits(moved, rows(LOGICAL, mixed))
@@ -133,23 +154,23 @@ def test_what_is_sent(mesh):
             np.prod([int(d) for d in x.split(",")]) for x in re.findall(r"f32\[([\d,]+)\]", shape)
         ]
         assert sum(sizes) == row
-    moves = eplb_jax.moves(old, new, G)
+    moves = eplb_jax.moves(old, new, TOPOLOGY)
     received = np.asarray(moves.received)
     for layer in range(L):
         route = _route(old, new, layer)
         sends, fetches = (int(x) for x in route.rounds)
         assert fetches == received[layer].max()
-        assert (np.asarray(route.fetch) >= 0).sum() == received[layer].sum()
+        assert (np.asarray(route.receive) >= 0).sum() == received[layer].sum()
         # An expert is sent once however many want it; the busiest sends no more than copies do.
-        wanted = {int(np.asarray(route.wanted)[g, s]) for g, s in _listed(route.fetch)}
+        wanted = {int(np.asarray(route.wanted)[g, s]) for g, s in _listed(route.receive)}
         assert (np.asarray(route.send) >= 0).sum() == len(wanted)
         assert sends <= np.asarray(moves.sent)[layer].max() + 2
 
 
 def _route(old, new, layer):
-    from eplb_jax.runtime.transport import route_of_copies
+    from eplb_jax.runtime.transport import route_of
 
-    return route_of_copies(old.phy2log[layer], new.phy2log[layer], E, G)
+    return route_of(old.phy2log[layer], new.phy2log[layer], E, G)
 
 
 def _listed(slots):
@@ -169,7 +190,7 @@ def broken_plans():
     lost = plan.phy2log.at[1].set(jnp.where(plan.phy2log[1] == 5, 6, plan.phy2log[1]))
     twice = plan.log2phy.at[2, 0, 0].set(plan.log2phy[2, 1, 0])
     return {
-        "a lost expert": (plan._replace(phy2log=lost), "new is no plan: .*layer 1"),
+        "a lost expert": (plan._replace(phy2log=lost), "new is an invalid plan: .*layer 1"),
         "a slot that lies twice": (plan._replace(log2phy=twice), "layer 2 is not the inverse"),
         "wrong counts": (
             plan._replace(logcnt=plan.logcnt.at[0, 0].add(1)),
@@ -186,7 +207,7 @@ def test_faults_are_refused_before_anything_moves(mesh, fault):
     with pytest.raises(ValueError, match=says):
         runtime.relocate(weights, old, new, mesh)
     assert_bits(weights, rows(LOGICAL, old))
-    # Where values cannot be seen, the layer keeps its plan and its weights; others move.
+    # Where values are not concrete, the layer keeps its plan and its weights; others move.
     moved, plan = jax.jit(partial(runtime.relocate, mesh=mesh))(weights, old, new)
     eplb_jax.check_placement(plan)
     assert_bits(moved, rows(LOGICAL, plan))
@@ -212,7 +233,7 @@ def test_layers_over_an_axis_are_refused():
     """Each device would have some of the layers, and take them for all."""
     mesh = jax.make_mesh((3, 2), ("pipe", "expert"), devices=jax.devices()[:6])
     slots = jax.device_put(np.ones((L, R)), NamedSharding(mesh, P("pipe", "expert")))
-    with pytest.raises(ValueError, match=r"params lies as .*layers must not lie over an axis"):
+    with pytest.raises(ValueError, match=r"params is sharded as .*layers must not be sharded"):
         runtime.relocate(slots, plan_of(0), plan_of(1), mesh)
 
 
@@ -223,9 +244,9 @@ def test_errors(mesh):
     mixed = jax.make_mesh((4, 2), ("expert", "tensor"))
     for call, error, says in [
         (
-            lambda: runtime.relocate(up, old.phy2log, new, mesh),
+            lambda: runtime.relocate(up, np.ones((L, R)), new, mesh),
             TypeError,
-            "old must be a Placement",
+            "old must hold integers",
         ),
         (
             lambda: runtime.relocate(up, old, plan_of(1, num_slots=48), mesh),
@@ -240,17 +261,17 @@ def test_errors(mesh):
         (
             lambda: runtime.relocate(up, old, new, mesh, "slot"),
             ValueError,
-            "axis_name='slot' is no",
+            "axis_name='slot' is not an axis",
         ),
         (
             lambda: runtime.relocate(up, old, new, mixed, specs=P(None, "tensor")),
             ValueError,
-            r"params\['up'\] lies as .*axis_name='expert'",
+            r"params\['up'\] is sharded as .*axis_name='expert'",
         ),
         (
             lambda: runtime.relocate(
                 {"up": jnp.zeros((L, 6))},
-                *(eplb_jax.rebalance_experts(np.ones((L, 6)), 6, 1, 1, 2) for _ in range(2)),
+                *(np.tile(np.arange(6), (L, 1)) for _ in range(2)),
                 mesh,
             ),
             ValueError,
@@ -260,7 +281,7 @@ def test_errors(mesh):
         with pytest.raises(error, match=says):
             call()
     with pytest.raises(ValueError, match="a bool for each layer"):
-        runtime.some_layers(old, new, jnp.array([2]))
+        runtime.select_layers(old, new, jnp.array([2]))
     # What lies on all devices alike is spread first.
     moved, _ = runtime.relocate({"up": elsewhere}, old, new, mesh)
     assert_bits(moved, {"up": rows(LOGICAL, new)["up"]})

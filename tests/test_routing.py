@@ -1,4 +1,4 @@
-"""From experts to slots: against counting one token after the other, and for evenness."""
+"""Slots of routed tokens, against counting one token after the other, and their balance."""
 
 from collections import Counter
 from functools import partial
@@ -16,6 +16,7 @@ from eplb_jax import metrics, runtime
 from tests.helpers import lognormal
 
 E, R, G = 32, 48, 8
+TOPOLOGY = eplb_jax.Topology(G, R // G)
 LOAD = lognormal(2, E)
 SHARES = np.random.default_rng(5).random(R).astype(np.float32)
 
@@ -34,22 +35,25 @@ IDS = routed()
 
 @pytest.fixture(scope="module")
 def plan():
-    return eplb_jax.rebalance_experts(LOAD, R, 1, 1, G, strategy="greedy")
+    return eplb_jax.plan(LOAD, TOPOLOGY, strategy="greedy")
 
 
 def choices(plan):
     """Every choice, with the arguments it wants."""
     return {
-        "occurrence": {},
+        "round_robin": {},
         "token": {},
         "random": {"key": jax.random.key(1)},
-        "source": {"table": runtime.nearest(plan, G, 2)[0], "source": 3},
-        "split": {"split": jnp.asarray(SHARES)},
+        "nearest": {
+            "table": runtime.nearest_replica(plan, eplb_jax.Topology(G, R // G, 2))[0],
+            "gpu": 3,
+        },
+        "shares": {"shares": jnp.asarray(SHARES)},
     }
 
 
 def in_turn(ids, layer, first=0):
-    """The oracle of "occurrence"."""
+    """The oracle of "round_robin"."""
     log2phy, logcnt = np.asarray(layer.log2phy), np.asarray(layer.logcnt)
     seen, slots = Counter(), np.empty_like(ids)
     for place, expert in np.ndenumerate(ids):
@@ -70,10 +74,10 @@ def test_every_choice_leads_to_a_slot_of_the_expert(plan):
         np.testing.assert_array_equal(np.asarray(layer.phy2log)[slots[live]], padded[live])
 
 
-def test_occurrence_is_the_number_of_the_token_among_those_of_its_expert(plan):
+def test_round_robin_is_the_number_of_the_token_among_those_of_its_expert(plan):
     layer = plan.layer(0)
     np.testing.assert_array_equal(runtime.to_physical(IDS, layer), in_turn(IDS, layer))
-    shifted = runtime.to_physical(IDS.astype(np.uint8), layer, source=jnp.int32(3))
+    shifted = runtime.to_physical(IDS.astype(np.uint8), layer, gpu=jnp.int32(3))
     np.testing.assert_array_equal(shifted, in_turn(IDS, layer, first=3))
 
 
@@ -99,11 +103,11 @@ def test_batches_and_sequences_are_tokens(plan):
             np.testing.assert_array_equal(deep, flat.reshape(4, 100, 4))
 
 
-def test_split_follows_the_shares_to_a_token(plan):
+def test_shares_are_followed_to_a_token(plan):
     layer = plan.layer(0)
     phy2log = np.asarray(layer.phy2log)
     for shares in (SHARES, np.where(np.arange(R) % 3 == 0, 0, SHARES), np.ones(R, np.float32)):
-        slots = runtime.to_physical(IDS, layer, "split", split=jnp.asarray(shares, jnp.float32))
+        slots = runtime.to_physical(IDS, layer, "shares", shares=jnp.asarray(shares, jnp.float32))
         sent = np.bincount(np.asarray(slots).ravel(), minlength=R)
         whole = np.bincount(phy2log, weights=shares, minlength=E)
         tokens = np.bincount(IDS.ravel(), minlength=E)
@@ -113,9 +117,25 @@ def test_split_follows_the_shares_to_a_token(plan):
         np.testing.assert_array_equal(np.bincount(phy2log, weights=sent, minlength=E), tokens)
 
 
-def test_random_needs_no_more_than_its_key(plan):
+def test_shares_that_are_all_zero_name_the_last_slot(plan):
+    layer, zeros = plan.layer(0), jnp.zeros(R, jnp.float32)
+    log2phy, logcnt = np.asarray(layer.log2phy), np.asarray(layer.logcnt)
+    slots = runtime.to_physical(IDS, layer, "shares", shares=zeros)
+    np.testing.assert_array_equal(slots, log2phy[IDS, logcnt[IDS] - 1])
+
+
+def test_foreign_map(plan):
+    in_order = eplb_jax.placement_of(plan.phy2log[0])
+    slots = runtime.to_physical(IDS, np.asarray(plan.phy2log[0]))
+    np.testing.assert_array_equal(slots, in_turn(IDS, in_order))
+
+
+def test_random_depends_on_its_key_alone(plan):
     layer = plan.layer(0)
-    draw = lambda seed: runtime.to_physical(IDS, layer, "random", key=jax.random.key(seed))  # noqa: E731
+
+    def draw(seed):
+        return runtime.to_physical(IDS, layer, "random", key=jax.random.key(seed))
+
     np.testing.assert_array_equal(draw(0), draw(0))
     assert (np.asarray(draw(0)) != np.asarray(draw(1))).any()
     # Every replica of an expert gets its part: five standard deviations around it.
@@ -127,7 +147,7 @@ def test_random_needs_no_more_than_its_key(plan):
 
 
 def test_each_device_alone_or_all_together(plan):
-    """With axis_name the devices share tokens out as one; without it each is even by itself."""
+    """With axis_name tokens are numbered over all devices, else on each."""
     layer = plan.layer(0)
     mesh = jax.make_mesh((4, 2), ("data", "expert"), axis_types=(AxisType.Auto,) * 2)
     axes = ("data", "expert")
@@ -136,23 +156,23 @@ def test_each_device_alone_or_all_together(plan):
     @partial(jax.jit, static_argnums=(2, 3))
     def slots(ids, shares, choice, axis_name):
         def on_device(ids, layer, shares):
-            given = {"axis_name": axis_name, "split": shares}
+            given = {"axis_name": axis_name, "shares": shares}
             return runtime.to_physical(ids, layer, choice, **given)
 
         return jax.shard_map(on_device, **specs)(ids, layer, shares)
 
     shares = jnp.asarray(SHARES)
-    for choice in ("occurrence", "split"):
-        together = runtime.to_physical(IDS, layer, choice, split=shares)
+    for choice in ("round_robin", "shares"):
+        together = runtime.to_physical(IDS, layer, choice, shares=shares)
         np.testing.assert_array_equal(slots(IDS, shares, choice, axes), together)
-    alone = np.asarray(slots(IDS, shares, "occurrence", None)).reshape(8, -1, 4)
+    alone = np.asarray(slots(IDS, shares, "round_robin", None)).reshape(8, -1, 4)
     for ids, mine in zip(IDS.reshape(8, -1, 4), alone, strict=True):
         np.testing.assert_array_equal(mine, in_turn(ids, layer))
 
 
 @pytest.mark.parametrize("nodes", [1, 2, 4])
 def test_nearest(plan, nodes):
-    table = np.asarray(runtime.nearest(plan, G, nodes))
+    table = np.asarray(runtime.nearest_replica(plan, eplb_jax.Topology(G, R // G, nodes)))
     gpu_of, node_of = np.arange(R) // (R // G), np.arange(G) // (G // nodes)
     for layer, phy2log in enumerate(np.asarray(plan.phy2log)):
         for expert in range(E):
@@ -163,13 +183,13 @@ def test_nearest(plan, nodes):
                 to = gpu_of[chosen[gpu]]
                 near = {x for x in gpus if node_of[x] == node_of[gpu]}
                 assert to == gpu if gpu in gpus else to in (near or gpus)
-            # None could have sent to a replica with fewer clients, by two, that is as near.
+            # No GPU could send to a replica as near with two clients fewer.
             clients = Counter(dict.fromkeys(gpus, 0) | Counter(gpu_of[chosen]))
             for gpu in set(range(G)) - gpus:
                 near = {x for x in gpus if node_of[x] == node_of[gpu]}
                 fewest = min(clients[x] for x in near or gpus)
                 assert near or clients[gpu_of[chosen[gpu]]] <= fewest + 1
-    one = runtime.nearest(plan.layer(1), G, nodes)
+    one = runtime.nearest_replica(plan.phy2log[1], eplb_jax.Topology(G, R // G, nodes))
     np.testing.assert_array_equal(one, table[1])
 
 
@@ -184,15 +204,12 @@ def test_explicit_axes(plan):
             slots = jax.jit(partial(runtime.to_physical, choice=choice))(ids, layer, **given)
             np.testing.assert_array_equal(slots, wanted)
             assert jax.typeof(slots).sharding.spec == P("data", None)
-        load = jax.jit(runtime.load_of_ids, static_argnums=1)(ids, E)
+        load = jax.jit(runtime.expert_counts, static_argnums=1)(ids, E)
     np.testing.assert_array_equal(load, np.bincount(IDS.ravel(), minlength=E))
 
 
 def test_no_new_plan_compiles_anything():
-    plans = [
-        eplb_jax.rebalance_experts(lognormal(1, E, seed=s), R, 1, 1, G, strategy="greedy")
-        for s in range(3)
-    ]
+    plans = [eplb_jax.plan(lognormal(1, E, seed=s), TOPOLOGY, strategy="greedy") for s in range(3)]
     jitted = jax.jit(runtime.to_physical)
     for other in plans:
         jitted(IDS, other.layer(0))
@@ -210,27 +227,30 @@ def test_nothing_but_padding(plan):
 def test_errors(plan):
     layer = plan.layer(0)
     for call, error, says in [
-        (lambda: runtime.to_physical(IDS, layer, "best"), ValueError, "occurrence, token, random"),
+        (lambda: runtime.to_physical(IDS, layer, "best"), ValueError, "round_robin, token, random"),
         (lambda: runtime.to_physical(IDS, layer, "random"), ValueError, "'random' needs key="),
-        (lambda: runtime.to_physical(IDS, layer, "source", source=0), ValueError, "needs table="),
-        (lambda: runtime.to_physical(IDS, layer, "split"), ValueError, "needs split="),
+        (lambda: runtime.to_physical(IDS, layer, "nearest", gpu=0), ValueError, "needs table="),
+        (lambda: runtime.to_physical(IDS, layer, "shares"), ValueError, "needs shares="),
         (lambda: runtime.to_physical(IDS, plan), ValueError, r"plan.layer\(i\)"),
-        (lambda: runtime.to_physical(LOAD, layer), TypeError, "ids must be whole numbers"),
+        (lambda: runtime.to_physical(LOAD, layer), TypeError, "ids must be integers"),
         (
             lambda: runtime.to_physical(IDS[:, 0], layer),
             ValueError,
             r"shape \[tokens, k\], got \(400,",
         ),
-        (lambda: runtime.nearest(plan, 7), ValueError, "num_gpus=7 does not divide"),
-        (lambda: runtime.nearest(plan, 8, 3), ValueError, "num_nodes=3 does not divide"),
+        (
+            lambda: runtime.nearest_replica(plan, eplb_jax.Topology(16, 2)),
+            ValueError,
+            "but the plan has 48 slots",
+        ),
     ]:
         with pytest.raises(error, match=says):
             call()
-    table, source = runtime.nearest(plan, G), 0
+    table = runtime.nearest_replica(plan, TOPOLOGY)
     for given, says in [
-        ({"choice": "source", "table": table, "source": source}, r"not \[32, GPUs\]"),
-        ({"choice": "source", "table": table[0], "source": 8}, "source=8 is none of 8 GPUs"),
-        ({"choice": "split", "split": jnp.ones(E)}, "there are 48 slots"),
+        ({"choice": "nearest", "table": table, "gpu": 0}, r"not \[32, GPUs\]"),
+        ({"choice": "nearest", "table": table[0], "gpu": 8}, "gpu=8 is not one of 8 GPUs"),
+        ({"choice": "shares", "shares": jnp.ones(E)}, "there are 48 slots"),
     ]:
         with pytest.raises(ValueError, match=says):
             runtime.to_physical(IDS, layer, **given)
@@ -239,20 +259,20 @@ def test_errors(plan):
 
 
 def test_tokens_of_a_real_model_keep_the_promise():
-    """Of gpt-oss-20b: per choice, what its plan promises of an even split and a little more."""
+    """Of gpt-oss-20b: per choice, the imbalance that its plan promises, and a little more."""
     with np.load(Path(__file__).parents[1] / "benchmarks" / "tokens.npz") as file:
         ids = np.moveaxis(file["ids"][:4096].astype(np.int32), 1, 0)
     load = np.stack([np.bincount(x.ravel(), minlength=32) for x in ids])
-    plan = eplb_jax.rebalance_experts(load, 40, 1, 1, 8, strategy="greedy")
-    promised = metrics.balance(load, plan, 8).mean_imbalance
-    more = {"occurrence": 0.001, "token": 0.02, "random": 0.03, "split": 0.001}
+    plan = eplb_jax.plan(load, eplb_jax.Topology(8, 5), strategy="greedy")
+    promised = metrics.balance(load, plan, eplb_jax.Topology(8, 5)).mean_imbalance
+    more = {"round_robin": 0.001, "token": 0.02, "random": 0.03, "shares": 0.001}
     share = jnp.asarray(1 / np.take_along_axis(plan.logcnt, plan.phy2log, axis=1), jnp.float32)
     for choice, allowed in more.items():
-        given = {"key": jax.random.key(0), "split": share}
-        route = lambda ids, layer, split, g=given, c=choice: runtime.to_physical(  # noqa: E731
-            ids, layer, c, **g | {"split": split}
-        )
+
+        def route(ids, layer, shares, choice=choice):
+            return runtime.to_physical(ids, layer, choice, key=jax.random.key(0), shares=shares)
+
         slots = np.asarray(jax.jit(jax.vmap(route))(ids, plan, share))
         sent = np.stack([np.bincount(x.ravel() // 5, minlength=8) for x in slots])
-        got = metrics.evenness(jnp.asarray(sent, jnp.float32)).mean_imbalance
+        got = metrics.balance_of(jnp.asarray(sent, jnp.float32)).mean_imbalance
         assert promised - 0.001 <= got <= promised + allowed

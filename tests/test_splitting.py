@@ -12,17 +12,16 @@ from scipy.optimize import linprog
 from scipy.sparse import coo_array
 
 import eplb_jax
-from eplb_jax import metrics, runtime
-from eplb_jax.types import Placement
+from eplb_jax import Topology, metrics, runtime
 from tests.helpers import QUICK, lognormal
 
 
-def lightest(load, phy2log, num_gpus):
-    """The lightest heaviest GPU of a layer, in tokens."""
+def least_max(load, phy2log, num_gpus):
+    """The least possible maximum GPU load of a layer, in tokens."""
     num_slots, num_experts = len(phy2log), len(load)
     slot = np.arange(num_slots)
     gpu = slot // (num_slots // num_gpus)
-    # Unknown: the tokens of every slot, and the heaviest GPU.
+    # Unknown: the tokens of every slot, and the maximum GPU load.
     sums = coo_array((np.ones(num_slots), (phy2log, slot)), (num_experts, num_slots + 1))
     heavy = coo_array(
         (
@@ -37,44 +36,41 @@ def lightest(load, phy2log, num_gpus):
     return solved.fun * scale
 
 
-def plan_of(phy2log, num_experts):
-    """A plan with these slots, of one layer."""
-    slots = [np.flatnonzero(phy2log == e) for e in range(num_experts)]
-    count = np.array([len(x) for x in slots])
-    most = len(phy2log) - num_experts + 1
-    log2phy = np.stack([np.r_[x, np.full(most - len(x), -1)] for x in slots])
-    return Placement(*(jnp.asarray(x, jnp.int32)[None] for x in (phy2log, log2phy, count)))
+def topology_of(plan, num_gpus):
+    return Topology.of_replicas(plan.phy2log.shape[-1], num_gpus)
 
 
 def misfit(load, num_replicas, num_gpus, strategy="greedy"):
     """A plan made for other loads, so that much is left to the split."""
     other = np.random.default_rng(1).permutation(load, axis=1)
-    return eplb_jax.rebalance_experts(
-        np.sqrt(load * other), num_replicas, 1, 1, num_gpus, strategy=strategy
+    return eplb_jax.plan(
+        np.sqrt(load * other), Topology.of_replicas(num_replicas, num_gpus), strategy=strategy
     )
 
 
 def next_window(name, past, coming, num_replicas, num_gpus):
     trace = eplb_jax.loads.example(name)
-    plan = eplb_jax.rebalance_experts(trace[past], num_replicas, 1, 1, num_gpus, strategy="greedy")
+    plan = eplb_jax.plan(
+        trace[past], Topology.of_replicas(num_replicas, num_gpus), strategy="greedy"
+    )
     return trace[coming], plan, num_gpus
 
 
 def twenty_replicas():
     load = lognormal(4, 64)
     hot = np.where(np.arange(64) < 2, 30, load).astype(np.float32)
-    return load, eplb_jax.rebalance_experts(hot, 112, 1, 1, 16, strategy="greedy"), 16
+    return load, eplb_jax.plan(hot, Topology.of_replicas(112, 16), strategy="greedy"), 16
 
 
 def chain():
     """Every GPU shares an expert with the next alone, and the load is at one end."""
     experts = np.stack([np.arange(16), np.r_[np.arange(1, 16), 16]], axis=1)
     steep = np.r_[np.linspace(4, 0.1, 16), 0.1].astype(np.float32)
-    return steep[None], plan_of(experts.ravel(), 17), 16
+    return steep[None], eplb_jax.placement_of(experts.reshape(1, -1)), 16
 
 
 def repeats():
-    return lognormal(1, 64), plan_of(np.r_[np.arange(64), np.zeros(8, int)], 64), 4
+    return lognormal(1, 64), eplb_jax.placement_of([[*range(64), *[0] * 8]]), 4
 
 
 CASES = {
@@ -91,13 +87,15 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_within_half_a_percent_of_the_optimum(case):
     load, plan, num_gpus = CASES[case]()
-    shares = runtime.split_load(load, plan, num_gpus)
-    got = metrics.gpu_loads(load, plan, num_gpus, split=shares).max(axis=1)
+    shares = runtime.split_load(load, plan, topology_of(plan, num_gpus))
+    got = metrics.gpu_loads(load, plan, topology_of(plan, num_gpus), split=shares).max(axis=1)
     phy2log = np.asarray(plan.phy2log)
-    best = [lightest(np.asarray(x, float), y, num_gpus) for x, y in zip(load, phy2log, strict=True)]
+    best = [
+        least_max(np.asarray(x, float), y, num_gpus) for x, y in zip(load, phy2log, strict=True)
+    ]
     assert (got / np.array(best) >= 1 - 1e-5).all()
     assert (got / np.array(best) <= 1.005).all()
-    even = metrics.gpu_loads(load, plan, num_gpus).max(axis=1)
+    even = metrics.gpu_loads(load, plan, topology_of(plan, num_gpus)).max(axis=1)
     assert (got <= even * (1 + 1e-6)).all()
     whole = np.stack([np.bincount(y, x) for x, y in zip(np.asarray(shares), phy2log, strict=True)])
     np.testing.assert_allclose(whole, 1, rtol=1e-5)
@@ -109,11 +107,11 @@ def test_next_windows_of_gpt_oss():
     trace = eplb_jax.loads.example("gpt_oss_20b")
     even, split = [], []
     for start in (0, 8, 16):
-        plan = eplb_jax.rebalance_experts(trace[start : start + 8], 40, 1, 1, 8, strategy=QUICK)
+        plan = eplb_jax.plan(trace[start : start + 8], Topology.of_replicas(40, 8), strategy=QUICK)
         load = trace[start + 8]
-        shares = runtime.split_load(load, plan, 8)
-        even.append(metrics.balance(load, plan, 8).mean_imbalance)
-        split.append(metrics.balance(load, plan, 8, split=shares).mean_imbalance)
+        shares = runtime.split_load(load, plan, topology_of(plan, 8))
+        even.append(metrics.balance(load, plan, topology_of(plan, 8)).mean_imbalance)
+        split.append(metrics.balance(load, plan, topology_of(plan, 8), split=shares).mean_imbalance)
     assert np.mean(split) < 0.3 * np.mean(even)
 
 
@@ -122,10 +120,12 @@ def test_next_windows_of_v2_lite():
     trace = eplb_jax.loads.example("deepseek_v2_lite")
     even, split = [], []
     for now in (10, 14, 18, 22, 26, 30):  # in the middle and at the end of tasks
-        plan = eplb_jax.rebalance_experts(trace[now - 8 : now], 72, 1, 1, 8, strategy=QUICK)
-        shares = runtime.split_load(trace[now], plan, 8)
-        even.append(metrics.balance(trace[now], plan, 8).mean_imbalance)
-        split.append(metrics.balance(trace[now], plan, 8, split=shares).mean_imbalance)
+        plan = eplb_jax.plan(trace[now - 8 : now], Topology.of_replicas(72, 8), strategy=QUICK)
+        shares = runtime.split_load(trace[now], plan, topology_of(plan, 8))
+        even.append(metrics.balance(trace[now], plan, topology_of(plan, 8)).mean_imbalance)
+        split.append(
+            metrics.balance(trace[now], plan, topology_of(plan, 8), split=shares).mean_imbalance
+        )
     assert np.mean(split) < 0.6 * np.mean(even)
 
 
@@ -133,7 +133,7 @@ def test_inside_shard_map():
     """Of loads that differ from device to device, as JAX checks them."""
     load, mesh = lognormal(8, 16), jax.make_mesh((8,), ("data",))
     plan = misfit(load, 24, 4)
-    split = partial(runtime.split_load, num_gpus=4)
+    split = partial(runtime.split_load, topology=topology_of(plan, 4))
     mapped = jax.shard_map(split, mesh=mesh, in_specs=(P("data"), P("data")), out_specs=P("data"))
     lies = NamedSharding(mesh, P("data"))
     shares = jax.jit(mapped)(*jax.device_put((load, plan), lies))
@@ -145,31 +145,35 @@ def test_hard_loads():
     load[1, 3] = 5
     load[2] = 1
     load[3] = 3e38
-    plan = eplb_jax.rebalance_experts(lognormal(4, 16), 24, 1, 1, 4, strategy="greedy")
-    shares = np.asarray(runtime.split_load(load, plan, 4))
+    plan = eplb_jax.plan(lognormal(4, 16), Topology.of_replicas(24, 4), strategy="greedy")
+    shares = np.asarray(runtime.split_load(load, plan, topology_of(plan, 4)))
     count = np.take_along_axis(np.asarray(plan.logcnt), np.asarray(plan.phy2log), axis=1)
     np.testing.assert_allclose(shares[0], 1 / count[0])
     assert np.isfinite(shares).all()
     for layer in (2, 3):
-        got = metrics.gpu_loads(np.ones_like(load), plan, 4, split=jnp.asarray(shares))[layer].max()
-        best = lightest(np.ones(16), np.asarray(plan.phy2log)[layer], 4)
+        got = metrics.gpu_loads(
+            np.ones_like(load), plan, topology_of(plan, 4), split=jnp.asarray(shares)
+        )[layer].max()
+        best = least_max(np.ones(16), np.asarray(plan.phy2log)[layer], 4)
         assert best * (1 - 1e-5) <= got <= best * 1.005
 
 
 def test_nothing_to_split():
-    plan = eplb_jax.rebalance_experts(lognormal(2, 16), 16, 1, 1, 4, strategy="greedy")
-    np.testing.assert_array_equal(runtime.split_load(lognormal(2, 16), plan, 4), np.ones((2, 16)))
+    plan = eplb_jax.plan(lognormal(2, 16), Topology.of_replicas(16, 4), strategy="greedy")
+    np.testing.assert_array_equal(
+        runtime.split_load(lognormal(2, 16), plan, topology_of(plan, 4)), np.ones((2, 16))
+    )
 
 
 def test_layer_by_layer_and_jitted_and_without_compiling_anew():
     load = lognormal(3, 32)
     plans = [misfit(lognormal(3, 32, seed=s), 48, 8) for s in range(2)]
-    jitted = jax.jit(partial(runtime.split_load, num_gpus=8))
+    jitted = jax.jit(partial(runtime.split_load, topology=topology_of(plans[0], 8)))
     for plan in plans:
-        whole = runtime.split_load(load, plan, 8)
+        whole = runtime.split_load(load, plan, topology_of(plan, 8))
         np.testing.assert_allclose(jitted(load, plan), whole, atol=1e-2)
         for layer in range(3):
-            alone = runtime.split_load(load[layer], plan.layer(layer), 8)
+            alone = runtime.split_load(load[layer], plan.layer(layer), topology_of(plan, 8))
             np.testing.assert_allclose(alone, whole[layer], atol=1e-2)
     assert jitted._cache_size() == 1
 
@@ -179,21 +183,40 @@ def test_layers_over_explicit_axes():
     load, sharding = lognormal(4, 32), jax.NamedSharding(mesh, P("layers"))
     plan = misfit(load, 48, 8)
     spread = jax.device_put((load, plan), sharding)
-    shares = runtime.split_load(*spread, 8)
-    np.testing.assert_allclose(shares, runtime.split_load(load, plan, 8), atol=1e-2)
+    shares = runtime.split_load(*spread, topology_of(plan, 8))
+    np.testing.assert_allclose(
+        shares, runtime.split_load(load, plan, topology_of(plan, 8)), atol=1e-2
+    )
     assert shares.sharding.spec[0] == "layers"
 
 
 def test_errors():
-    plan = eplb_jax.rebalance_experts(lognormal(2, 16), 24, 1, 1, 4, strategy="greedy")
+    plan = eplb_jax.plan(lognormal(2, 16), Topology.of_replicas(24, 4), strategy="greedy")
     for call, says in [
-        (lambda: runtime.split_load(lognormal(2, 8), plan, 4), r"\(2, 8\), but the plan is for"),
-        (lambda: runtime.split_load(lognormal(2, 16), plan, 5), "num_gpus=5 does not divide"),
-        (lambda: runtime.split_load(-lognormal(2, 16), plan, 4), "layer 0, expert 0"),
-        (lambda: runtime.split_load(lognormal(1, 16)[0], plan, 4), r"shape \[layers, experts\]"),
-        (lambda: runtime.split_load(lognormal(2, 16), plan, 4, steps=-1), "steps=-1"),
         (
-            lambda: metrics.balance(lognormal(2, 16), plan, 4, split=jnp.ones((2, 16))),
+            lambda: runtime.split_load(lognormal(2, 8), plan, topology_of(plan, 4)),
+            r"\(2, 8\), but the plan is for",
+        ),
+        (
+            lambda: runtime.split_load(lognormal(2, 16), plan, Topology(5, 5)),
+            "25 in total, but the plan has 24",
+        ),
+        (
+            lambda: runtime.split_load(-lognormal(2, 16), plan, topology_of(plan, 4)),
+            "layer 0, expert 0",
+        ),
+        (
+            lambda: runtime.split_load(lognormal(1, 16)[0], plan, topology_of(plan, 4)),
+            "but the plan is for",
+        ),
+        (
+            lambda: runtime.split_load(lognormal(2, 16), plan, topology_of(plan, 4), steps=-1),
+            "steps=-1",
+        ),
+        (
+            lambda: metrics.balance(
+                lognormal(2, 16), plan, topology_of(plan, 4), split=jnp.ones((2, 16))
+            ),
             r"split has the shape \(2, 16\)",
         ),
     ]:

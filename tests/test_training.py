@@ -15,13 +15,14 @@ from eplb_jax import runtime
 from tests.helpers import lognormal
 
 L, E, R, G = 2, 16, 24, 8
+TOPOLOGY = eplb_jax.Topology(G, R // G)
 RNG = np.random.default_rng(0)
 
 
 @pytest.fixture(scope="module")
 def plan():
     steep = lognormal(L, E, sigma=2.0)
-    return eplb_jax.rebalance_experts(steep, R, 1, 1, G, strategy="greedy")
+    return eplb_jax.plan(steep, TOPOLOGY, strategy="greedy")
 
 
 @pytest.fixture(scope="module", params=[AxisType.Auto, AxisType.Explicit])
@@ -57,24 +58,24 @@ def test_every_slot_gets_the_sum_bit_for_bit(plan, mesh, dtype):
 
 
 def test_permutations_send_nothing(mesh):
-    plan = eplb_jax.rebalance_experts(lognormal(L, E), E, 1, 1, G, strategy="greedy")
+    plan = eplb_jax.plan(lognormal(L, E), eplb_jax.Topology(G, E // G), strategy="greedy")
     grads = jnp.asarray(RNG.normal(size=(L, E, 3)), jnp.float32)
     np.testing.assert_array_equal(runtime.sum_replicas(grads, plan, mesh), grads)
-    np.testing.assert_array_equal(runtime.counted_once(grads, plan), grads)
+    np.testing.assert_array_equal(runtime.mask_replicas(grads, plan), grads)
 
 
-def test_only_experts_with_replicas_travel(plan, mesh):
+def test_only_experts_with_replicas_are_sent(plan, mesh):
     grads = jax.ShapeDtypeStruct((L, R, 16), jnp.float32)
     text = jax.jit(partial(runtime.sum_replicas, mesh=mesh)).lower(grads, plan).compile().as_text()
     kinds = re.findall(r" (all-[\w-]+|collective-permute|reduce-scatter)\(", text)
     assert kinds == ["all-to-all"] * 2
-    from eplb_jax.runtime.transport import route_of_sums
+    from eplb_jax.runtime.transport import route_of
 
     for layer in range(L):
         experts = plan.phy2log[layer]
-        route = route_of_sums(experts, experts, E, G)
+        route = route_of(experts, experts, E, G, add=True)
         shared = np.asarray(plan.logcnt)[layer][np.asarray(experts)] > 1
-        for listed in (route.send, route.fetch):
+        for listed in (route.send, route.receive):
             np.testing.assert_array_equal(
                 (np.asarray(listed) >= 0).sum(axis=1), shared.reshape(G, -1).sum(axis=1)
             )
@@ -83,10 +84,10 @@ def test_only_experts_with_replicas_travel(plan, mesh):
 def test_norms_count_an_expert_once(plan):
     logical = RNG.normal(size=(L, E, 7)).astype(np.float32)
     slots = logical[np.arange(L)[:, None], np.asarray(plan.phy2log)]
-    once = jax.jit(runtime.counted_once)({"up": slots, "bias": slots[..., 0]}, plan)
+    once = jax.jit(runtime.mask_replicas)({"up": slots, "bias": slots[..., 0]}, plan)
     for got, wanted in ((once["up"], logical), (once["bias"], logical[..., 0])):
         np.testing.assert_allclose(jnp.sum(got**2), np.sum(wanted**2), rtol=1e-5)
-    first = runtime.counted_once(slots[1], plan.layer(1))
+    first = runtime.mask_replicas(slots[1], plan.layer(1))
     np.testing.assert_array_equal(first, once["up"][1])
 
 
@@ -94,9 +95,8 @@ def test_gradients_of_logical_weights(plan, mesh):
     """Through `to_slots`, without a sum by hand: experts over devices, or on all of them."""
     over = jax.NamedSharding(mesh, P(None, "expert"))
     for experts in (E, 12):
-        layout = eplb_jax.rebalance_experts(
-            lognormal(L, experts), 16 if experts == 12 else R, 1, 1, G, strategy="greedy"
-        )
+        topology = eplb_jax.Topology(G, 2) if experts == 12 else TOPOLOGY
+        layout = eplb_jax.plan(lognormal(L, experts), topology, strategy="greedy")
         weights = jnp.asarray(RNG.normal(size=(L, experts, 5)), jnp.float32)
         slope = RNG.normal(size=(L, layout.phy2log.shape[1], 5)).astype(np.float32)
         spread = jax.device_put(slope, over)
@@ -130,7 +130,7 @@ def test_errors(plan, mesh):
     ):
         runtime.sum_replicas(jnp.zeros((L, E)), plan, mesh)
     with pytest.raises(ValueError, match=r"leaf of the shape \(24,\); .* begins with \(2, 24\)"):
-        runtime.counted_once(jnp.zeros(R), plan)
+        runtime.mask_replicas(jnp.zeros(R), plan)
     ones = plan._replace(logcnt=jnp.ones_like(plan.logcnt))
-    with pytest.raises(ValueError, match="placement is no plan: logcnt of layer 0"):
+    with pytest.raises(ValueError, match="placement is an invalid plan: logcnt of layer 0"):
         runtime.sum_replicas(jnp.zeros((L, R)), ones, mesh)

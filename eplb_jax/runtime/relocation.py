@@ -1,19 +1,22 @@
-"""Weights that follow a plan: from slots to slots, and between slots and checkpoints."""
+"""Moving weights: from plan to plan, and between checkpoints and slots."""
 
-import dataclasses
+import math
+from functools import reduce
+from operator import and_
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Int32, PyTree
 
-from eplb_jax.checks import as_count, check_divides, is_concrete
+from eplb_jax.checks import LoadLike, is_concrete
 from eplb_jax.planning.placement import as_placement, is_valid
-from eplb_jax.runtime.layout import Layout, layout_of
+from eplb_jax.runtime.layout import Layout, layout_of, put, read_rows
+from eplb_jax.runtime.transport import transport
 from eplb_jax.transition.moves import moves
-from eplb_jax.types import AxisName, Placement
+from eplb_jax.types import AxisName, Placement, Topology
 
 
 class Relocated(NamedTuple):
@@ -24,201 +27,236 @@ class Relocated(NamedTuple):
 
 
 def relocate(
-    params: PyTree[Array],
-    old: Placement,
-    new: Placement,
-    mesh: Mesh,
+    params: PyTree[Array | np.ndarray],
+    old: Placement | LoadLike,
+    new: Placement | LoadLike,
+    mesh: Mesh | AbstractMesh,
     axis_name: AxisName = "expert",
     *,
     specs: PyTree[PartitionSpec] | None = None,
     ragged: bool = False,
     num_nodes: int = 1,
 ) -> Relocated:
-    """Move weights, in slot order and sharded over a mesh axis, from one plan to another.
+    """Weights in the slot order of a new plan, from those of the plan in place.
 
-    Every slot ends up with the row of the expert that `new` gives it, bit for bit, in all leaves
-    alike: give the optimizer's state along with the weights. Rows that stay on their device are
-    copied there; others go by two all-to-alls of one row a round and device, as many rounds as the
-    busiest device has rows to send and to fetch (`transport`): at most 2 (G - 1) / G rows a round
-    leave a device, no table is gathered, layers without change do not even copy, and another
-    plan does not compile anything anew. Extra memory is three tables of one layer, over all
-    leaves.
+    Every slot gets the row of the expert that `new` puts there, bit for bit, in all leaves: give
+    the optimizer's state together with the weights. Rows that stay on their device are copied
+    there. Others go by two all-to-alls of one row per device and round, in as many rounds as the
+    busiest device has rows to send and to receive; at most 2 (G - 1) / G rows leave a device per
+    round, and no table is gathered. Layers that do not change are not touched. A new plan compiles
+    nothing. Extra memory: three tables of one layer, over all leaves.
 
-    The plan that comes back lies on the mesh, and so should the first one,
-    ``jax.device_put(plan, NamedSharding(mesh, PartitionSpec()))``, or the second call compiles
-    once more. Inside the caller's `jax.shard_map` a plan is an argument, with `PartitionSpec()`.
-
-    Layers whose plan stays move nothing, so that work is spread over steps by plans in which only
-    some layers are new: see `some_layers`. Under `jax.jit` with `params` donated, weights are
+    Put the first plan on the mesh, ``jax.device_put(plan, NamedSharding(mesh, PartitionSpec()))``,
+    as the returned one is, or the second call compiles again. To spread the work over steps, move
+    some layers at a time: `select_layers`. Under `jax.jit` with `params` donated, weights are
     replaced in place.
 
     Args:
-        params: Leaves [L, R, ...], or [R, ...] for the plan of one layer: a layer's slots in order,
-            slot s on device s // (R / G) of the axis. All of one R.
-        old: The plan in place.
-        new: The plan to come, for as many layers, slots and experts.
-        mesh: Where params lie, or are to lie.
+        params: Leaves [L, R, ...], or [R, ...] for the plan of one layer: the slots of a layer in
+            order, slot s on device s // (R / G) of the axis.
+        old: The plan in place, or its phy2log, [L, R] or [R].
+        new: The next plan, of the same layers, slots and experts.
+        mesh: The devices of params.
         axis_name: The mesh axis, or axes, over which slots are sharded; G is its size.
-        specs: The `PartitionSpec` of every leaf, or of all below a node of the tree. None: the one
-            that an array has on this mesh, where it can be seen, else slots over `axis_name` and
+        specs: The `PartitionSpec` of every leaf, or of all leaves below a node of the tree. None:
+            that of the array on this mesh where it is known, else slots over `axis_name` and
             nothing else sharded.
-        ragged: Rows go from slot to slot by one ragged all-to-all: no more bytes than
-            `eplb_jax.moves` says, and between the GPUs that it says. On GPUs and TPUs; XLA has no
-            such operation on a CPU, so the tests run a model of it, and it has run on neither.
-        num_nodes: For ragged: N; a row comes from its own node where that has the expert.
+        ragged: Send rows from slot to slot by one ragged all-to-all: exactly the rows that
+            `eplb_jax.moves` lists, between the GPUs that it lists. For GPUs and TPUs; untested on
+            real hardware, as XLA has no such operation on CPUs.
+        num_nodes: N, for ragged: a row comes from its own node where that has the expert.
 
     Returns:
-        The weights, and the plan that they follow now: `new`. Inside `jit`, and where plans lie on
-        other hosts, values cannot be seen and refused: layers in which one of them is no plan stay
-        as they are, and their plan is `old`. Weights and plan never part.
+        The weights, and the plan that they now follow: `new`. Plans that are not concrete, inside
+        `jit` or on other hosts, cannot be rejected: layers where `old` or `new` is invalid keep
+        their weights and the plan `old`.
 
     Raises:
-        TypeError: A plan is not a `Placement`.
-        ValueError: Before anything moves: `new` lacks an expert, lists a slot twice or has maps
-            that contradict each other; plans or leaves are of other shapes; slots are not
-            sharded over `axis_name` or do not divide by its size.
+        TypeError: A plan does not hold integers, or is a traced map.
+        ValueError: A plan is invalid, plans or leaves differ in shape, or slots are not sharded
+            over `axis_name` or not divisible by its size. Nothing has moved then.
 
     Example:
-        >>> import eplb_jax
         >>> mesh = jax.make_mesh((1,), ("expert",))
-        >>> old = eplb_jax.rebalance_experts([[9, 3, 2, 1]], 6, 1, 1, 1)
-        >>> new = eplb_jax.rebalance_experts([[1, 2, 3, 9]], 6, 1, 1, 1)
-        >>> weights = {"up": old.phy2log * 10}  # the row of expert e is 10 e
-        >>> moved, plan = relocate(weights, old, new, mesh)
-        >>> bool((moved["up"] == plan.phy2log * 10).all())
-        True
+        >>> weights = jnp.array([0, 10, 20, 0])
+        >>> relocate(weights, [0, 1, 2, 0], [2, 0, 1, 2], mesh).params.tolist()
+        [20, 0, 10, 20]
     """
-    as_placement(old, "old")
-    as_placement(new, "new")
-    for name, x, y in zip(Placement._fields, old, new, strict=True):
+    plans = before, after = _as_plans(old, new)
+    layout = layout_of(params, before, mesh, axis_name, specs, "params")
+    topology = Topology.of_replicas(before.phy2log.shape[-1], layout.num_gpus, num_nodes)
+    valid = [is_valid(x) for x in plans if not all(is_concrete(y) for y in x)]
+    before, after = (Placement(*(put(x, layout, PartitionSpec()) for x in plan)) for plan in plans)
+    if valid:
+        after = _select(before, after, put(reduce(and_, valid), layout, PartitionSpec()))
+    held, wanted, source = before.phy2log, after.phy2log, None
+    if ragged:  # inside `jit`, where plans are not checked again
+        source = jax.jit(moves, static_argnums=2)(held, wanted, topology).source
+    maps = held, wanted, jnp.any(held != wanted, axis=-1), before.logcnt.shape[-1]
+    leaves, tree = jax.tree.flatten(params)
+    return Relocated(tree.unflatten(transport(leaves, layout, *maps, source=source)), after)
+
+
+def _as_plans(old: Placement | LoadLike, new: Placement | LoadLike) -> tuple[Placement, Placement]:
+    """Both plans, checked where they are concrete, of the same experts and shapes."""
+    known = [x.logcnt.shape[-1] for x in (old, new) if isinstance(x, Placement)]
+    before = as_placement(old, "old", known[0] if known else None)
+    after = as_placement(new, "new", before.logcnt.shape[-1])
+    for name, x, y in zip(Placement._fields, before, after, strict=True):
         if x.shape != y.shape:
             raise ValueError(f"{name} of new has the shape {y.shape}, but that of old {x.shape}")
-    layout = layout_of(params, old, mesh, axis_name, specs, "params")
-    check_divides(
-        "num_nodes", as_count("num_nodes", num_nodes), "size of axis_name", layout.num_gpus
-    )
-    old, new = (Placement(*(layout.everywhere(x) for x in plan)) for plan in (old, new))
-    plan = some_layers(old, new, is_valid(old) & is_valid(new))
-    changes = jnp.any(old.phy2log != plan.phy2log, axis=-1)
-    source = None
-    if ragged:
-        held, wanted = (jnp.atleast_2d(x.phy2log) for x in (old, plan))
-        source = moves(held, wanted, layout.num_gpus, num_nodes).source.reshape(old.phy2log.shape)
-    maps = old.phy2log, plan.phy2log, changes, old.logcnt.shape[-1]
-    leaves = layout.carried(jax.tree.leaves(params), *maps, source=source)
-    return Relocated(jax.tree.unflatten(layout.tree, leaves), plan)
+    return before, after
 
 
-def some_layers(old: Placement, new: Placement, layers: Bool[Array, "*L"]) -> Placement:
-    """The plan that is `new` in these layers and `old` in all others.
+def select_layers(
+    old: Placement | LoadLike, new: Placement | LoadLike, layers: Bool[Array, "*L"] | LoadLike
+) -> Placement:
+    """The plan that is `new` in some layers and `old` in the others.
 
-    To move a few layers a step, in the order that `decide` gives: ``relocate(params, plan,
-    some_layers(plan, new, chosen), mesh)``, with the layers chosen as an array of booleans.
+    To move a few layers per step, in the order that `decide` gives: ``relocate(params, plan,
+    select_layers(plan, new, chosen), mesh)``.
+
+    Args:
+        old: The plan in place, or its phy2log, [L, R] or [R].
+        new: The next plan, of the same shape.
+        layers: True for the layers of `new`.
+
+    Raises:
+        TypeError: A plan does not hold integers, or is a traced map.
+        ValueError: A plan is invalid, or shapes or the dtype of layers do not fit.
+
+    Example:
+        >>> select_layers([[0, 1], [0, 1]], [[1, 0], [1, 0]], [True, False]).phy2log.tolist()
+        [[1, 0], [0, 1]]
     """
-    layers = jnp.asarray(layers)
-    if layers.dtype != bool or layers.shape != old.logcnt.shape[:-1]:
+    before, after = _as_plans(old, new)
+    chosen, shape = jnp.asarray(layers), before.logcnt.shape[:-1]
+    if chosen.dtype != bool or chosen.shape != shape:
         raise ValueError(
-            f"layers must hold a bool for each layer, of the shape {old.logcnt.shape[:-1]}, got "
-            f"{layers.dtype} {layers.shape}"
+            f"layers must hold a bool for each layer, of the shape {shape}, got "
+            f"{chosen.dtype} {chosen.shape}"
         )
-    return _chosen(old, new, layers)
+    return _select(before, after, chosen)
 
 
 @jax.jit
-def _chosen(old: Placement, new: Placement, layers: Bool[Array, "*L"]) -> Placement:
-    choose = lambda x, y: jnp.where(jnp.expand_dims(layers, range(layers.ndim, x.ndim)), y, x)  # noqa: E731
-    return Placement(*(choose(x, y) for x, y in zip(old, new, strict=True)))
+def _select(old: Placement, new: Placement, layers: Bool[Array, "*L"]) -> Placement:
+    chosen = (jnp.expand_dims(layers, range(layers.ndim, x.ndim)) for x in new)
+    return Placement(*map(jnp.where, chosen, new, old))
 
 
 def to_slots(
     logical: PyTree[Array | np.ndarray],
-    placement: Placement,
-    mesh: Mesh,
+    placement: Placement | LoadLike,
+    mesh: Mesh | AbstractMesh,
     axis_name: AxisName = "expert",
     *,
     specs: PyTree[PartitionSpec] | None = None,
 ) -> PyTree[Array]:
     """Weights in slot order, from one row per logical expert, as checkpoints have them.
 
-    NumPy arrays are read row by row where they are needed, and no device talks to another. JAX
-    arrays are sharded over `axis_name`, experts in order, where its size divides E, and on all
-    devices alike where it does not. Differentiable: the gradient of an expert is the sum over its
-    slots. Arguments and errors are those of `relocate`, with leaves [L, E, ...] or [E, ...].
+    NumPy leaves are read from the host, every device its own rows. JAX leaves are sharded over
+    `axis_name`, experts in order, and then exchanged. Differentiable: the gradient of an expert is
+    the sum over its slots. Arguments and errors are those of `relocate`, with leaves [L, E, ...] or
+    [E, ...].
 
     Example:
-        >>> import eplb_jax
-        >>> plan = eplb_jax.rebalance_experts([[9, 3, 2, 1]], 6, 1, 1, 1)
         >>> mesh = jax.make_mesh((1,), ("expert",))
-        >>> slots = to_slots({"up": jnp.arange(4)[None] * 10}, plan, mesh)["up"]
-        >>> bool((slots == plan.phy2log * 10).all())
-        True
+        >>> to_slots(jnp.array([[0, 10, 20]]), [[0, 1, 2, 0]], mesh).tolist()
+        [[0, 10, 20, 0]]
     """
-    as_placement(placement, "placement")
-    layout = layout_of(logical, placement, mesh, axis_name, specs, "logical", logical=True)
-    leaves, seen = jax.tree.leaves(logical), is_concrete(placement.phy2log)
-    if seen and all(isinstance(x, np.ndarray) for x in leaves):
-        leaves = layout.read(leaves, np.asarray(placement.phy2log))
-    elif placement.logcnt.shape[-1] % layout.num_gpus:
-        leaves = layout.taken([jnp.asarray(x) for x in leaves], placement.phy2log)
-    else:
-        leaves = _copied_out([jnp.asarray(x) for x in leaves], placement, layout)
-    return jax.tree.unflatten(layout.tree, leaves)
+    leaves, tree = jax.tree.flatten(logical)
+    plan = as_placement(placement, "placement", _num_experts(placement, leaves))
+    layout = layout_of(logical, plan, mesh, axis_name, specs, "logical", logical=True)
+    on_host = [isinstance(x, np.ndarray) and is_concrete(plan.phy2log) for x in leaves]
+    pairs = list(zip(leaves, layout.specs, strict=True))
+    others = [x for x, y in zip(pairs, on_host, strict=True) if not y]
+    sent = iter(_expand([x for x, _ in others], plan, _of_specs(layout, [y for _, y in others])))
+    rows = np.asarray(plan.phy2log) if any(on_host) else None
+    return tree.unflatten(
+        next(sent) if rows is None or not host else read_rows(leaf, rows, layout, spec)
+        for (leaf, spec), host in zip(pairs, on_host, strict=True)
+    )
 
 
-def _copied_out(leaves: list[Array], placement: Placement, layout: Layout) -> list[Array]:
+def _num_experts(placement: Placement | LoadLike, leaves: list) -> int | None:
+    """E by the leaves, for a map without it."""
+    if isinstance(placement, Placement) or not leaves:
+        return None
+    return leaves[0].shape[max(np.ndim(placement) - 1, 0)]  # pyright: ignore[reportArgumentType]
+
+
+def _of_specs(layout: Layout, specs: list[PartitionSpec]) -> Layout:
+    return layout._replace(specs=tuple(specs))
+
+
+def _expand(leaves: list, plan: Placement, layout: Layout) -> list[Array]:
     """Rows of logical tables in slot order; backwards, sums over the slots of an expert."""
-    num_experts = placement.logcnt.shape[-1]
-    inexact = [jnp.issubdtype(x.dtype, jnp.inexact) for x in leaves]
+    rows, experts = plan.logcnt.ndim - 1, _experts(plan, layout)
+    num_experts = experts.shape[-1]
 
-    specs = tuple(x for x, y in zip(layout.specs, inexact, strict=True) if y)
-    of_floats = dataclasses.replace(layout, specs=specs)
+    def pad(leaf: Array, spec: PartitionSpec) -> Array:
+        leaf = jnp.asarray(leaf)
+        missing = [(0, 0)] * leaf.ndim
+        missing[rows] = (0, num_experts - leaf.shape[rows])
+        return put(jnp.pad(leaf, missing), layout, spec)
+
+    inexact = [jnp.issubdtype(x.dtype, jnp.inexact) for x in leaves]
+    of_floats = [x for x, y in zip(layout.specs, inexact, strict=True) if y]
 
     @jax.custom_vjp
-    def copied(leaves: list[Array], plan: Placement) -> list[Array]:
-        experts, every = _all_experts(plan)
-        return layout.carried(leaves, experts, plan.phy2log, every, num_experts)
+    def copy(leaves: list[Array], plan: Placement) -> list[Array]:
+        every = jnp.ones(plan.logcnt.shape[:-1], bool)
+        return transport(leaves, layout, experts, plan.phy2log, every, num_experts)
 
     def forward(leaves: list[Array], plan: Placement) -> tuple[list[Array], Placement]:
-        return copied(leaves, plan), plan
+        return copy(leaves, plan), plan
 
     def backward(plan: Placement, grads: list[Array]) -> tuple[list[Array | None], None]:
-        experts, every = _all_experts(plan)
-        some = [x for x, y in zip(grads, inexact, strict=True) if y]
+        floats = [x for x, y in zip(grads, inexact, strict=True) if y]
+        every = jnp.ones(plan.logcnt.shape[:-1], bool)
         maps = plan.phy2log, experts, every, num_experts
-        sums = iter(of_floats.carried(some, *maps, add=True))
+        sums = iter(transport(floats, _of_specs(layout, of_floats), *maps, add=True))
         return [next(sums) if y else None for y in inexact], None
 
-    copied.defvjp(forward, backward)
-    return copied(leaves, placement)
+    copy.defvjp(forward, backward)
+    return copy([pad(x, y) for x, y in zip(leaves, layout.specs, strict=True)], plan)
 
 
 def to_logical(
-    params: PyTree[Array],
-    placement: Placement,
-    mesh: Mesh,
+    params: PyTree[Array | np.ndarray],
+    placement: Placement | LoadLike,
+    mesh: Mesh | AbstractMesh,
     axis_name: AxisName = "expert",
     *,
     specs: PyTree[PartitionSpec] | None = None,
 ) -> PyTree[Array]:
     """One row per logical expert, as checkpoints have them, from weights in slot order.
 
-    The inverse of `to_slots`, and independent of any plan; experts are sharded over `axis_name` in
-    order where its size divides E, and lie on all devices where it does not. Arguments and errors
-    are those of `relocate`; inside `jit`, where a plan cannot be seen, it must be one.
+    The inverse of `to_slots`: the result does not depend on the plan. Experts are sharded over
+    `axis_name` in order where its size divides E, else every device has all of them. Arguments and
+    errors are those of `relocate`; a plan that is not concrete must be valid.
+
+    Example:
+        >>> mesh = jax.make_mesh((1,), ("expert",))
+        >>> to_logical(jnp.array([[0, 10, 20, 0]]), [[0, 1, 2, 0]], mesh).tolist()
+        [[0, 10, 20]]
     """
-    as_placement(placement, "placement")
-    layout = layout_of(params, placement, mesh, axis_name, specs, "params")
-    leaves, experts = jax.tree.leaves(params), _all_experts(placement)
-    if placement.logcnt.shape[-1] % layout.num_gpus:
-        leaves = layout.gathered(leaves, placement.log2phy[..., 0])
-    else:
-        num_experts = placement.logcnt.shape[-1]
-        leaves = layout.carried(leaves, placement.phy2log, *experts, num_experts)
-    return jax.tree.unflatten(layout.tree, leaves)
+    plan = as_placement(placement, "placement")
+    layout = layout_of(params, plan, mesh, axis_name, specs, "params")
+    rows, experts = plan.logcnt.ndim - 1, _experts(plan, layout)
+    every, num_experts = jnp.ones(plan.logcnt.shape[:-1], bool), plan.logcnt.shape[-1]
+    leaves, tree = jax.tree.flatten(params)
+    leaves = transport(leaves, layout, plan.phy2log, experts, every, experts.shape[-1])
+    if experts.shape[-1] > num_experts:
+        whole = [PartitionSpec(*x[:rows], None, *x[rows + 1 :]) for x in layout.specs]
+        leaves = [put(x, layout, y) for x, y in zip(leaves, whole, strict=True)]
+        leaves = [x[(slice(None),) * rows + (slice(num_experts),)] for x in leaves]
+    return tree.unflatten(leaves)
 
 
-def _all_experts(placement: Placement) -> tuple[Int32[Array, "*L E"], Bool[Array, "*L"]]:
-    """Logical order as a layout, and every layer."""
-    shape = placement.logcnt.shape
-    experts = jnp.arange(shape[-1], dtype=jnp.int32)
-    return jnp.broadcast_to(experts, shape), jnp.ones(shape[:-1], bool)
+def _experts(plan: Placement, layout: Layout) -> Int32[np.ndarray, "*L E"]:
+    """Experts in order, padded to a multiple of the devices by experts without slots."""
+    num_experts = math.ceil(plan.logcnt.shape[-1] / layout.num_gpus) * layout.num_gpus
+    experts = np.arange(num_experts, dtype=np.int32)
+    return np.broadcast_to(experts, (*plan.logcnt.shape[:-1], num_experts))

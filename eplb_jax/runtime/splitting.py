@@ -1,4 +1,4 @@
-"""Splitting the load at hand over the replicas of every expert, so that GPUs come out even."""
+"""Shares of the replicas of every expert in its current load, so that GPUs are balanced."""
 
 from collections.abc import Callable
 from functools import partial
@@ -7,94 +7,89 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int32
 
 from eplb_jax.arrays import sanitise
-from eplb_jax.checks import LoadLike, as_count, as_load, check_divides
+from eplb_jax.checks import LoadLike, as_count, as_load
+from eplb_jax.planning.placement import as_placement
 from eplb_jax.sharding import spec_of, under_auto
-from eplb_jax.types import Placement
+from eplb_jax.types import Placement, Topology, check_topology
 
-OVERSTEP = 1.3
-"""Steps over the safe one, 1 / split slots of a GPU; with momentum they converge below 4/3."""
+_OVERSTEP = 1.3  # step size over the safe one; with momentum, steps below 4/3 converge
 
 
 def split_load(
-    load: LoadLike, placement: Placement, num_gpus: int, *, steps: int = 64
-) -> Float[Array, "*L R"]:
-    """What share of its expert's load every slot should take, for the load at hand.
+    load: LoadLike, placement: Placement | LoadLike, topology: Topology, *, steps: int = 64
+) -> Float[Array, "*TL R"]:
+    """The share of every slot in the current load of its expert, for balanced GPUs.
 
-    A plan is made for an even split and for a load that has passed. Once tokens are routed, and
-    before they are sent, another split of the same plan evens out GPUs further: the lightest
-    possible heaviest GPU is a linear program, which this solves to a few parts in 10^4, where
-    experts with replicas link GPUs in long chains to a part in 200. `to_physical` follows it by
-    ``choice="split"``.
+    A plan is made for past loads, and for replicas that share a load equally. Once the tokens of a
+    step are routed, other shares can balance its GPUs better. The minimum of the maximum GPU load
+    is a linear program, which this solves to a relative error of a few 1e-4, and of 5e-3 where
+    replicas link GPUs in long chains. `to_physical` follows the shares by ``choice="shares"``.
 
-    Descends on the squares of GPU loads, whose least sum also has the lightest heaviest GPU, by
-    projected gradient steps with momentum and restarts, each O(R). 64 steps of 58 layers of 256
-    experts in 288 slots on 32 GPUs take 1.5 ms on a CPU core.
+    Minimises the sum of squared GPU loads, whose minimum also has the least maximum, by projected
+    gradient steps with momentum and restarts, each O(R).
 
     Args:
-        load: [L, E], or [E] for the plan of one layer: loads in any unit, summed over all GPUs.
-        placement: The plan.
-        num_gpus: G; divides R.
-        steps: 32 are enough for plans of `rebalance_experts`; chains of GPUs want more.
+        load: Loads in any unit, summed over all GPUs: [L, E], [T, L, E] of T windows, or [E] of one
+            layer.
+        placement: The plan, or its phy2log [L, R] or [R], for the same layers and experts.
+        topology: GPUs and slots; as many slots as the plan has.
+        steps: Gradient steps. 32 are enough for plans of `eplb_jax.plan`; long chains need more.
 
     Returns:
-        Shares, float32 [L, R] or [R], that add up to 1 over the slots of an expert; even ones where
-        it has no load. No heavier GPU than by even shares, to rounding.
+        Shares, float32 [L, R], [T, L, R] or [R], with sum 1 over the slots of an expert; equal
+        shares where it has no load. The maximum GPU load is at most that of equal shares, up to
+        rounding.
 
     Raises:
         TypeError: An argument is of the wrong kind.
-        ValueError: Load and plan do not fit, num_gpus does not divide R, or a load is NaN,
+        ValueError: Load, plan and topology do not fit, the plan is invalid, or a load is NaN,
             infinite or negative.
 
     Example:
-        >>> import eplb_jax
-        >>> plan = eplb_jax.rebalance_experts([[9, 1, 1, 1]], 6, 1, 1, 3)
-        >>> share = split_load([[3, 3, 1, 1]], plan, 3)
-        >>> plan.phy2log.tolist(), share.round(2).tolist()
-        ([[0, 2, 0, 1, 0, 3]], [[0.5, 1.0, 0.0, 1.0, 0.5, 1.0]])
+        >>> split_load([3, 3, 1, 1], [0, 2, 0, 1, 0, 3], Topology(3, slots=2)).round(2).tolist()
+        [0.5, 1.0, 0.0, 1.0, 0.5, 1.0]
 
     References:
         Beck & Teboulle, A fast iterative shrinkage-thresholding algorithm (2009); O'Donoghue &
         Candes, Adaptive restart for accelerated gradient schemes (2015). DeepSeek-AI, LPLB: the
         same program by an interior-point method.
     """
-    axes = ("layer", "expert")[-placement.logcnt.ndim :]
-    array = jnp.asarray(as_load(load, "load", axes))
-    if array.shape != placement.logcnt.shape:
+    array, steps = jnp.asarray(as_load(load, "load")), as_count("steps", steps, least=0)
+    plan = as_placement(placement, "placement", array.shape[-1])
+    if plan.logcnt.shape != array.shape[-2:]:
         raise ValueError(
-            f"load has the shape {array.shape}, but the plan is for {placement.logcnt.shape}"
+            f"load has the shape {array.shape}, but the plan is for {plan.logcnt.shape}"
         )
-    num_gpus, steps = as_count("num_gpus", num_gpus), as_count("steps", steps, least=0)
-    check_divides("num_gpus", num_gpus, "number of slots", placement.phy2log.shape[-1])
-    split = partial(_split_load, num_gpus=num_gpus, steps=steps)
-    spec = jax.sharding.PartitionSpec(*spec_of(array)[:-1])
-    return under_auto(split, spec, array, placement.phy2log, placement.logcnt)
+    check_topology(topology, plan.phy2log.shape[-1])
+    split = partial(_split_load, num_gpus=topology.num_gpus, steps=steps)
+    return under_auto(split, PartitionSpec(*spec_of(array)[:-1]), array, *plan[::2])
 
 
 @partial(jax.jit, static_argnames=("num_gpus", "steps"))
 def _split_load(
-    load: Float[Array, "*L E"],
+    load: Float[Array, "*TL E"],
     phy2log: Int32[Array, "*L R"],
     logcnt: Int32[Array, "*L E"],
     *,
     num_gpus: int,
     steps: int,
-) -> Float[Array, "*L R"]:
+) -> Float[Array, "*TL R"]:
     split = partial(_split_of_layer, num_gpus=num_gpus, steps=steps)
-    if load.ndim == 1:
-        return split(sanitise(load), phy2log, logcnt)
-    return jax.vmap(split)(sanitise(load), phy2log, logcnt)
+    split = jnp.vectorize(split, signature="(e),(r),(e)->(r)")
+    return split(sanitise(load), phy2log, logcnt)
 
 
 class _Descent(NamedTuple):
-    """Carry of the descent: loads of the slots that can be split, mean GPU = 1.
+    """Loads of the slots whose share can vary, in units of the mean GPU load.
 
     Attributes:
-        age: Steps since momentum was last stopped.
-        ahead: Where momentum leads.
-        now: Where the descent is.
+        age: Steps since the last restart of momentum.
+        ahead: The point at which the next gradient is taken.
+        now: The iterate.
     """
 
     age: Float[Array, ""]
@@ -110,18 +105,18 @@ def _split_of_layer(
     steps: int,
 ) -> Float[Array, " R"]:
     num_experts, num_slots = load.shape[0], phy2log.shape[0]
-    # At most so many slots belong to experts that have several.
+    # The maximum number of slots of experts with replicas.
     width = min(2 * (num_slots - num_experts), num_slots)
     if width == 0:
         return jnp.ones(num_slots, jnp.float32)
     size = num_slots // num_gpus
-    load = load * (num_gpus / jnp.maximum(jnp.sum(load), 1))  # at least 1, the largest, or none
-    even = 1 / logcnt[phy2log].astype(jnp.float32)
-    evenly = load[phy2log] * even
-    can_split = (logcnt[phy2log] > 1) & (evenly > 0)
-    alone = jnp.sum(jnp.where(can_split, 0, evenly).reshape(num_gpus, size), axis=1)
+    load = load * (num_gpus / jnp.maximum(jnp.sum(load), 1))  # the sum is 0 or at least 1
+    equal = 1 / logcnt[phy2log].astype(jnp.float32)
+    equal_loads = load[phy2log] * equal
+    can_split = (logcnt[phy2log] > 1) & (equal_loads > 0)
+    alone = jnp.sum(jnp.where(can_split, 0, equal_loads).reshape(num_gpus, size), axis=1)
 
-    # Those slots in a list; `used` is false where there are fewer.
+    # The list of those slots; `used` is false in its padding.
     place = jnp.cumsum(can_split, dtype=jnp.int32) - 1
     all_slots = jnp.arange(num_slots, dtype=jnp.int32)
     slot = jnp.full(width, num_slots, jnp.int32)
@@ -132,35 +127,34 @@ def _split_of_layer(
     over_expert = _sums_by(jnp.where(used, number, width), width)
     over_gpu = _sums_by(jnp.where(used, slot // size, num_gpus), num_gpus)
     total = jnp.where(used, load[phy2log[slot]], 0)
-    curvature = jnp.where(used, over_gpu(jnp.ones(width, jnp.float32)) / OVERSTEP, 1)
+    curvature = jnp.where(used, over_gpu(jnp.ones(width, jnp.float32)) / _OVERSTEP, 1)
     share = 1 / (curvature * over_expert(1 / curvature))
 
     def step(_: Array, at: _Descent) -> _Descent:
         moved = at.ahead - (alone[slot // size] + over_gpu(at.ahead)) / curvature
-        # One shift brings an expert's parts to its load; what the clip adds, the next step takes.
+        # A shift restores the load of an expert; the next step corrects for the clipping.
         now = jnp.maximum(moved - share * (over_expert(moved) - total), 0)
         now = jnp.where(used, now, 0)
         uphill = jnp.sum(curvature * (at.ahead - now) * (now - at.now)) > 0
         age = jnp.where(uphill, 0, at.age)
         return _Descent(age + 1, now + age / (age + 2) * (now - at.now), now)
 
-    first = jnp.where(used, evenly[slot], 0)
-    # Its age varies over devices where the load does, as `jax.shard_map` wants to see.
+    first = jnp.where(used, equal_loads[slot], 0)
+    # `jax.shard_map` needs an age that varies over devices where the load does.
     start = _Descent(0 * jnp.sum(first), first, first)
     parts = lax.fori_loop(0, steps, step, start).now
     whole = over_expert(parts)
-    shares = jnp.where(whole > 0, parts / jnp.where(whole > 0, whole, 1), even[slot])
-    shares = jnp.where(can_split, shares[jnp.maximum(place, 0)], even)
+    shares = jnp.where(whole > 0, parts / jnp.where(whole > 0, whole, 1), equal[slot])
+    shares = jnp.where(can_split, shares[jnp.maximum(place, 0)], equal)
 
-    def heaviest(shares: Float[Array, " R"]) -> Float[Array, ""]:
+    def max_load(shares: Float[Array, " R"]) -> Float[Array, ""]:
         return jnp.max(jnp.sum((shares * load[phy2log]).reshape(num_gpus, size), axis=1))
 
-    # Where one expert alone makes the heaviest GPU, all others are evened out, too.
-    return jnp.where(heaviest(shares) > heaviest(even) * (1 + 1e-6), even, shares)
+    return jnp.where(max_load(shares) > max_load(equal) * (1 + 1e-6), equal, shares)
 
 
 def _sums_by(key: Int32[Array, " m"], num_keys: int) -> Callable[[Array], Array]:
-    """What gives every entry the sum over the entries of its key, at most num_keys."""
+    """A function of values that gives every entry the sum over all entries of its key."""
 
     def scattered(values: Float[Array, " m"]) -> Float[Array, " m"]:
         return (
@@ -170,5 +164,5 @@ def _sums_by(key: Int32[Array, " m"], num_keys: int) -> Callable[[Array], Array]
     def compared(values: Float[Array, " m"]) -> Float[Array, " m"]:
         return jnp.sum(jnp.where(key[:, None] == key, values, 0), axis=1)
 
-    # A GPU's scatter adds in any order; all pairs are one kernel that adds in one.
+    # A scatter adds in any order on a GPU; comparing all pairs is deterministic.
     return lambda values: lax.platform_dependent(values, cpu=scattered, default=compared)
