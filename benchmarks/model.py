@@ -23,7 +23,7 @@ from jaxtyping import Array, Float, Int, Int32, Key, PyTree
 
 import eplb_jax
 from eplb_jax import runtime
-from eplb_jax.runtime.routing import Choice
+from eplb_jax.runtime import Choice
 
 AXIS = "expert"
 BYTES = 256
@@ -44,7 +44,7 @@ class Model:
     experts: int = 32
     top_k: int = 2
     context: int = 128
-    choice: Choice = "occurrence"
+    choice: Choice = "round_robin"
 
 
 class Routed(NamedTuple):
@@ -53,7 +53,7 @@ class Routed(NamedTuple):
     Attributes:
         load: Tokens routed to every expert.
         gpu_load: Tokens that every device got.
-        unevenness: The balancing loss of Switch Transformer: 1 where experts are even.
+        unevenness: The balancing loss of Switch Transformer: 1 where experts are balanced.
     """
 
     load: Int32[Array, "L E"]
@@ -81,9 +81,10 @@ def initial(model: Model, seed: int = 0) -> dict[str, Any]:
     """Weights on the host, as a checkpoint has them: one row per expert, [L, E, ...]."""
     L, D, F, E = model.layers, model.width, model.hidden, model.experts
     rng = np.random.default_rng(seed)
-    drawn = lambda *shape: (  # noqa: E731
-        rng.standard_normal(shape, np.float32) / np.sqrt(shape[-2], dtype=np.float32)
-    )
+
+    def drawn(*shape: int) -> np.ndarray:
+        return rng.standard_normal(shape, np.float32) / np.sqrt(shape[-2], dtype=np.float32)
+
     shared = {
         "embedding": drawn(BYTES, D),
         "position": drawn(model.context, D),
@@ -129,7 +130,13 @@ def forward(
     shared, experts = params["shared"], params["experts"]
     names = "qkv", "attended", "router", "before_attention", "before_experts"
     per_layer = {name: shared[name] for name in names}
-    near = runtime.nearest(plan, mesh.size) if model.choice == "source" else None
+    near = (
+        runtime.nearest_replica(
+            plan, eplb_jax.Topology.of_replicas(plan.phy2log.shape[1], mesh.size)
+        )
+        if model.choice == "nearest"
+        else None
+    )
     keys = jax.random.split(key, model.layers)
 
     def layer(x: Array, of: tuple) -> tuple[Array, Routed]:
@@ -143,14 +150,18 @@ def forward(
         )
         return x + y.reshape(x.shape), routed
 
-    x = shared["embedding"][tokens] + shared["position"][: tokens.shape[1]]
+    x = shared["embedding"][tokens] + shared["position"][None, : tokens.shape[1]]
     x, routed = lax.scan(layer, x, (per_layer, experts, plan, near, keys))
     routed = routed._replace(unevenness=jnp.mean(routed.unevenness))
     return _normed(x, shared["before_logits"]) @ shared["logits"], routed
 
 
 def _normed(x: Array, scale: Array) -> Array:
-    return x * lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + 1e-6) * scale
+    return (
+        x
+        * lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + 1e-6)
+        * jnp.broadcast_to(scale, x.shape)
+    )
 
 
 def _attention(x: Float[Array, "B S D"], weights: Weights, heads: int) -> Float[Array, "B S D"]:
@@ -205,23 +216,24 @@ def _on_device(
     None is dropped: there is room for all, should one device get all.
     """
     me, num_slots = lax.axis_index(AXIS), experts["up"].shape[0]
-    load = runtime.load_of_ids(ids, model.experts, axis_name=AXIS)
-    split = None
-    if model.choice == "split":
-        split = runtime.split_load(load, plan, lax.axis_size(AXIS))
+    load = runtime.expert_counts(ids, model.experts, axis_name=AXIS)
+    shares = None
+    if model.choice == "shares":
+        topology = eplb_jax.Topology(lax.axis_size(AXIS), num_slots)
+        shares = runtime.split_load(load, plan, topology)
     slots = runtime.to_physical(
         *(ids, plan, model.choice),
         key=jax.random.fold_in(key, me),
         table=near,
-        source=me,
-        split=split,
+        gpu=me,
+        shares=shares,
         axis_name=AXIS,
     )
     x, gate, slots = (lax.all_gather(a, AXIS, tiled=True) for a in (x, gate, slots))
     mine = slots // num_slots == me
     slots = jnp.where(mine, slots % num_slots, num_slots)
     gpu_load = jnp.sum(mine, dtype=jnp.int32)
-    # Twice an even share is enough nearly always, and computes a quarter of all pairs on 8 devices.
+    # Twice the mean is nearly always enough, and computes a quarter of all pairs on 8 devices.
     # Recomputed backwards, as `cond` hands on what either branch would keep.
     share = 2 * slots.size // lax.axis_size(AXIS)
     some, every = (jax.checkpoint(partial(_grouped, room=room)) for room in (share, slots.size))
@@ -249,7 +261,9 @@ def _grouped(
     ends = jnp.cumsum(blocks)
     block = jnp.arange(-(-room // BLOCK) + num_slots, dtype=jnp.int32)
     slot = jnp.minimum(jnp.searchsorted(ends, block, side="right"), num_slots - 1)
-    number = BLOCK * (block - (ends - blocks)[slot])[:, None] + jnp.arange(BLOCK, dtype=jnp.int32)
+    number = (
+        BLOCK * (block - (ends - blocks)[slot])[:, None] + jnp.arange(BLOCK, dtype=jnp.int32)[None]
+    )
     used = number < count[slot, None]
     pair = pairs[jnp.where(used, (jnp.cumsum(count) - count)[slot, None] + number, 0)]
     rows = jnp.where(used[..., None], x[pair // k], 0)

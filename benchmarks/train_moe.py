@@ -36,10 +36,10 @@ from rich.table import Table
 
 import eplb_jax
 from eplb_jax import Placement, runtime
-from eplb_jax.evaluation.replay import in_order
+from eplb_jax.evaluation.metrics import gpu_loads_in_order
 
 WINDOWS, STEPS_PER_WINDOW, STEPS_PER_TEXT = 8, 2, 64
-RATE, WARM_UP, DECAYS, CLIP, EVENNESS, CAPACITY = 2e-3, 20, (0.9, 0.99), 1.0, 0.02, 1.25
+RATE, WARM_UP, DECAYS, CLIP, BALANCE, CAPACITY = 2e-3, 20, (0.9, 0.99), 1.0, 0.02, 1.25
 
 
 class State(NamedTuple):
@@ -67,7 +67,10 @@ class Run(NamedTuple):
 def batches(size: int, context: int) -> Iterator[np.ndarray]:
     """Bytes, and the one after them, [size, context + 1]: all change texts, one after another."""
     library = Path(sysconfig.get_path("stdlib"))
-    read = lambda pattern: b"".join(x.read_bytes() for x in sorted(library.glob(pattern)))  # noqa: E731
+
+    def read(pattern: str) -> bytes:
+        return b"".join(x.read_bytes() for x in sorted(library.glob(pattern)))
+
     prose = "\n".join(topics[name] for name in sorted(topics)).encode()
     texts = prose, read("asyncio/*.py"), read("encodings/cp*.py")
     texts = [np.frombuffer(x, np.uint8) for x in texts]
@@ -91,11 +94,11 @@ def train_step(
             params, tokens[:, :-1], state.plan, key, model=model, mesh=mesh
         )
         of_next = jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[:, 1:, None], axis=-1)
-        return EVENNESS * routed.unevenness - jnp.mean(of_next), (-jnp.mean(of_next), routed)
+        return BALANCE * routed.unevenness - jnp.mean(of_next), (-jnp.mean(of_next), routed)
 
     grads, (value, routed) = jax.grad(loss, has_aux=True)(state.params)
     grads["experts"] = runtime.sum_replicas(grads["experts"], state.plan, mesh, moe.AXIS)
-    once = grads | {"experts": runtime.counted_once(grads["experts"], state.plan)}
+    once = grads | {"experts": runtime.mask_replicas(grads["experts"], state.plan)}
     norm = jnp.sqrt(sum((jnp.sum(x * x) for x in jax.tree.leaves(once)), jnp.zeros(())))
     grads = jax.tree.map(lambda x: x * jnp.minimum(1.0, CLIP / (norm + 1e-6)), grads)
 
@@ -107,14 +110,14 @@ def train_step(
         lambda x, m, v: x - rate * m / (1 - a**t) / (jnp.sqrt(v / (1 - b**t)) + 1e-6),
         *(state.params, first, second),
     )
-    past = runtime.recorded(state.past, routed.load, STEPS_PER_WINDOW)
+    past = runtime.update_history(state.past, routed.load, STEPS_PER_WINDOW)
     return State(params, first, second, state.steps + 1, state.plan, past), value, routed
 
 
 def planned(past: runtime.LoadHistory, plan: Placement, *, num_gpus: int) -> Placement:
     """The next plan; every device makes the same."""
-    counts = plan.phy2log.shape[1], 1, 1, num_gpus
-    return eplb_jax.rebalance_experts(past.windows, *counts, previous=plan)
+    topology = eplb_jax.Topology.of_replicas(plan.phy2log.shape[1], num_gpus)
+    return eplb_jax.plan(past.windows, topology, previous=plan)
 
 
 def moved(state: State, plan: Placement, *, mesh: Mesh) -> State:
@@ -137,7 +140,7 @@ def train(
     params, plan = moe.initial(model), jax.device_get(plan)
     params["experts"] = runtime.to_slots(params["experts"], plan, mesh, moe.AXIS)
     first, second = (jax.tree.map(np.zeros_like, params) for _ in range(2))
-    past = runtime.history(WINDOWS, model.layers, model.experts)
+    past = runtime.init_history(WINDOWS, model.layers, model.experts)
     state = State(params, first, second, jnp.zeros((), jnp.int32), plan, past)
     state = jax.device_put(state, lies)
 
@@ -158,8 +161,7 @@ def train(
 
     def run(name: str, *args: Any) -> Any:
         if name not in ready:
-            ahead = lambda: functions[name].lower(*args).compile()  # noqa: E731
-            ready[name] = timed(f"compile {name}", ahead)
+            ready[name] = timed(f"compile {name}", lambda: functions[name].lower(*args).compile())
         return timed(name, lambda: ready[name](*args))
 
     def listen(event: str, duration_secs: float, **kwargs: str | int) -> None:
@@ -185,7 +187,7 @@ def table_of(run: Run, before: int, num_gpus: int) -> Table:
     table = Table(title="tokens of a device, mean over layers and steps", title_justify="left")
     for header in ["steps", "", "balancedness", "least", "mean", "most", "beyond"]:
         table.add_column(header, justify="left" if not header else "right")
-    alone, steps = in_order(run.load, num_gpus), len(run.load)
+    alone, steps = gpu_loads_in_order(run.load, num_gpus), len(run.load)
     for first, last, name in (0, before, "plan for even loads"), (before, steps, "plans"):
         for label, part in ("no balancer", alone[first:last]), (name, run.gpu_load[first:last]):
             if part.size:
@@ -210,10 +212,11 @@ def report(run: Run, num_gpus: int) -> Iterator[str]:
     if len(run.plans) > 1:
         rows = jax.tree.leaves([x["experts"] for x in run.state[:3]])
         size = sum(x.nbytes // math.prod(x.shape[:2]) for x in rows)
-        moves = [eplb_jax.moves(*x, num_gpus) for x in itertools.pairwise(run.plans)]
+        topology = eplb_jax.Topology.of_replicas(run.plans[0].phy2log.shape[1], num_gpus)
+        moves = [eplb_jax.moves(*x, topology) for x in itertools.pairwise(run.plans)]
         received = mean(int(x.traffic(size).received.sum()) for x in moves)
         fetched = f"{received / size:.0f} of {run.plans[0].phy2log.size} slots from other devices"
-        yield f"plans: {len(moves)}; each fetches {fetched}, {received / 2**20:.1f} MiB"
+        yield f"plans: {len(moves)}; each moves {fetched}, {received / 2**20:.1f} MiB"
 
 
 def compared(run: Run, other: Run, mesh: Mesh) -> Iterator[str]:
@@ -237,13 +240,14 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=256)
     parser.add_argument("--every", type=int, default=16, help="steps from plan to plan")
     parser.add_argument("--slots", type=int, default=40, help="32: no replicas")
-    parser.add_argument("--choice", choices=get_args(moe.Choice), default="occurrence")
+    parser.add_argument("--choice", choices=get_args(moe.Choice), default="round_robin")
     parser.add_argument("--check", action="store_true", help="train without plans too")
     parser.add_argument("--trace", type=Path, help="write the load of every window there, .npz")
     given = parser.parse_args()
     mesh, model = moe.mesh_of_devices(), moe.Model(choice=given.choice)
     even = np.ones((model.layers, model.experts))
-    plan = eplb_jax.rebalance_experts(even, given.slots, 1, 1, mesh.size, strategy="greedy")
+    topology = eplb_jax.Topology.of_replicas(given.slots, mesh.size)
+    plan = eplb_jax.plan(even, topology, strategy="greedy")
     run = train(model, mesh, plan, steps=given.steps, every=given.every)
     Console(width=100).print(table_of(run, min(given.every, given.steps), mesh.size))
     print(*report(run, mesh.size), sep="\n")

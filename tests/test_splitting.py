@@ -158,6 +158,15 @@ def test_hard_loads():
         assert best * (1 - 1e-5) <= got <= best * 1.005
 
 
+def test_windows():
+    load = lognormal(6, 32).reshape(2, 3, 32)
+    plan = misfit(load[0], 48, 8)
+    shares = runtime.split_load(load, np.asarray(plan.phy2log), topology_of(plan, 8))
+    assert shares.shape == (2, 3, 48)
+    alone = runtime.split_load(load[1], plan, topology_of(plan, 8))
+    np.testing.assert_allclose(shares[1], alone, atol=1e-2)
+
+
 def test_nothing_to_split():
     plan = eplb_jax.plan(lognormal(2, 16), Topology.of_replicas(16, 4), strategy="greedy")
     np.testing.assert_array_equal(

@@ -149,6 +149,7 @@ def slot_to_expert_counts(
     def add(counts: Num[Array, " R"], experts: Int32[Array, " R"]) -> Num[Array, " E"]:
         return jnp.zeros(num_experts, counts.dtype).at[experts].add(counts)
 
+    experts = jnp.broadcast_to(experts, counts.shape)
     add_all = jnp.vectorize(add, signature="(r),(r)->(e)")
     load = under_auto(add_all, PartitionSpec(*spec_of(counts)[:-1]), counts, experts)
     return load if axis_name is None else lax.psum(load, axis_name)

@@ -49,30 +49,32 @@ def _nearest(
     num_gpus, size = topology.num_gpus, topology.slots
     gpus = jnp.arange(num_gpus, dtype=jnp.int32)
     node = gpus // topology.gpus_per_node
-    same_node = node[:, None] == node
+    same_node = node[:, None] == node[None]
     # Among equals, every expert prefers another GPU.
-    number = (gpus + jnp.arange(num_experts, dtype=jnp.int32)[:, None]) % num_gpus
+    number = (gpus[None] + jnp.arange(num_experts, dtype=jnp.int32)[:, None]) % num_gpus
 
     def table(phy2log: Int32[Array, " R"]) -> Int32[Array, "E G"]:
         place = first_positions(phy2log, num_experts, num_gpus)
         held = place < size
-        on_node = jnp.any(held[:, None] & same_node, axis=2)
+        on_node = jnp.any(held[:, None] & same_node[None], axis=2)
 
         def choose(step: Array, chosen: _Chosen) -> _Chosen:
             # First the GPUs whose node has the expert; then the others, which can choose freely.
             gpu, far = step % num_gpus, step >= num_gpus
             mine = ~held[:, gpu] & (on_node[:, gpu] != far)
-            near = held & (same_node[gpu] | far)
+            near = held & (same_node[gpu] | far)[None]
             taken = jnp.where(near, chosen.clients * num_gpus + number, _NEVER)
             best = jnp.argmin(taken, axis=1).astype(jnp.int32)
-            clients = chosen.clients + (mine[:, None] & (gpus == best[:, None])).astype(jnp.int32)
+            clients = chosen.clients + (mine[:, None] & (gpus[None] == best[:, None])).astype(
+                jnp.int32
+            )
             return _Chosen(
                 clients, chosen.to.at[:, gpu].set(jnp.where(mine, best, chosen.to[:, gpu]))
             )
 
-        start = _Chosen(held.astype(jnp.int32), jnp.broadcast_to(gpus, held.shape))
+        start = _Chosen(held.astype(jnp.int32), jnp.broadcast_to(gpus[None], held.shape))
         to = lax.fori_loop(0, 2 * num_gpus, choose, start).to
-        return jnp.take_along_axis(gpus * size + place, to, axis=1)
+        return jnp.take_along_axis(gpus[None] * size + place, to, axis=1)
 
     return jnp.vectorize(table, signature="(r)->(e,g)")(phy2log)
 

@@ -206,7 +206,7 @@ def _by_shares(
     # Ranges end at rounded cumulative shares; the last at the last token of the expert.
     whole = jnp.maximum(jnp.take_along_axis(share, layer.logcnt[:, None] - 1, axis=1), 1e-30)
     ends = jnp.round(share / whole * total[:-1, None].astype(jnp.float32)).astype(jnp.int32)
-    replica = jnp.arange(listed.shape[1], dtype=jnp.int32)
+    replica = jnp.arange(listed.shape[1], dtype=jnp.int32)[None]
     last = replica == layer.logcnt[:, None] - 1
     ends = jnp.where(last, total[:-1, None], ends) - before[:-1, None]
     # In the order of experts and their slots: the number of ranges that end at or before a token.

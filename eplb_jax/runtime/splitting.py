@@ -80,7 +80,8 @@ def _split_load(
 ) -> Float[Array, "*TL R"]:
     split = partial(_split_of_layer, num_gpus=num_gpus, steps=steps)
     split = jnp.vectorize(split, signature="(e),(r),(e)->(r)")
-    return split(sanitise(load), phy2log, logcnt)
+    phy2log = jnp.broadcast_to(phy2log, (*load.shape[:-1], phy2log.shape[-1]))
+    return split(sanitise(load), phy2log, jnp.broadcast_to(logcnt, load.shape))
 
 
 class _Descent(NamedTuple):
@@ -162,7 +163,7 @@ def _sums_by(key: Int32[Array, " m"], num_keys: int) -> Callable[[Array], Array]
         )
 
     def compared(values: Float[Array, " m"]) -> Float[Array, " m"]:
-        return jnp.sum(jnp.where(key[:, None] == key, values, 0), axis=1)
+        return jnp.sum(jnp.where(key[:, None] == key[None], values[None], 0), axis=1)
 
     # A scatter adds in any order on a GPU; comparing all pairs is deterministic.
     return lambda values: lax.platform_dependent(values, cpu=scattered, default=compared)

@@ -77,7 +77,8 @@ def mask_replicas(
     """
     plan = as_placement(placement, "placement")
     first = jnp.take_along_axis(plan.log2phy[..., 0], plan.phy2log, axis=-1)
-    is_first = first == jnp.arange(first.shape[-1], dtype=jnp.int32)
+    slot = jnp.arange(first.shape[-1], dtype=jnp.int32)
+    is_first = first == jnp.broadcast_to(slot, first.shape)
 
     def mask(leaf: Array) -> Array:
         if leaf.shape[: is_first.ndim] != is_first.shape:

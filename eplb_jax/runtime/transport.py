@@ -156,7 +156,7 @@ def route_of(
     held, wanted = held.reshape(num_gpus, -1), wanted.reshape(num_gpus, -1)
     size, first = held.shape[1], first_positions(held.reshape(-1), num_experts, num_gpus)
     gpu = jnp.arange(num_gpus, dtype=jnp.int32)[:, None]
-    place = jnp.arange(size, dtype=jnp.int32)
+    place = jnp.arange(size, dtype=jnp.int32)[None]
     local = first[wanted, gpu]
     if held.shape == wanted.shape:
         local = jnp.where(held == wanted, place, local)
@@ -230,7 +230,7 @@ def _ragged(table: Array, source: Int32[Array, "G z"], axis_name: AxisName) -> A
     gpu = jnp.arange(num_gpus, dtype=jnp.int32)[:, None]
     # Zero or one row for every slot of every device.
     sends = ((sender == me) & (gpu != me)).astype(jnp.int32).reshape(-1)
-    receives = ((sender[me] == gpu) & (gpu != me)).astype(jnp.int32).reshape(-1)
+    receives = ((sender[me][None] == gpu) & (gpu != me)).astype(jnp.int32).reshape(-1)
     place = jnp.broadcast_to(jnp.arange(source.shape[1], dtype=jnp.int32), source.shape)
     rows = table[jnp.where(sender[me] == me, slot[me], 0)]
     return lax.ragged_all_to_all(
