@@ -15,10 +15,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 from eplb_jax import STRATEGIES, Strategy, Topology, balanced_packing, plan
 from eplb_jax.packing import search
 from eplb_jax.packing.columns import Columns
+from eplb_jax.packing.constructions import greedy
 from eplb_jax.packing.orders import Lpt, RampedLpt, Shuffle, Zigzag
 from eplb_jax.packing.pair_exchange import Pairs
 from eplb_jax.packing.peak_exchange import Peak
-from eplb_jax.packing.portfolio import Portfolio
 from tests.helpers import COLLECTIVES, assert_feasible, assert_same, lognormal, pack_loads
 
 # `fast` and `best` are `auto` with other numbers; tests/test_rebalance.py has what is said of them.
@@ -133,14 +133,12 @@ def test_under_jit_and_vmap_new_values_compile_nothing_and_copy_nothing(name):
             jax.block_until_ready(run(on_device[1], keys[1]))
 
 
-@pytest.mark.parametrize("name", ["greedy", "auto"])
-def test_as_python_loops(name):
-    weight, strategy = jnp.asarray(lognormal(1, 6)), STRATEGIES[name]
-    if name == "auto":
-        strategy = dataclasses.replace(strategy, refinement=Portfolio(1, 1, 1))
-    jitted = balanced_packing(weight, 3, strategy=strategy)
+def test_as_python_loops():
+    weight = jnp.asarray(lognormal(1, 6))
+    strategy = Strategy(construction=greedy, refinement=Pairs(2, two=False))
+    jitted = balanced_packing(weight, 2, strategy=strategy)
     with jax.disable_jit():
-        assert_same(balanced_packing(weight, 3, strategy=strategy), jitted)
+        assert_same(balanced_packing(weight, 2, strategy=strategy), jitted)
 
 
 @every_path
@@ -193,7 +191,7 @@ def test_programs_do_not_grow_with_the_slots_of_a_gpu(name):
         parts = list(programs(jax.make_jaxpr(make)(lognormal(1, num_experts))))
         lengths.append(sum(len(x.eqns) for x in parts))
         assert max(np.asarray(c).nbytes for x in parts for c in x.consts) <= 1 << 16
-    assert lengths[1] <= 1.3 * lengths[0], lengths
+    assert lengths[1] <= 1.05 * lengths[0], lengths
 
 
 def test_more_candidates_are_better_and_blocks_do_not_matter(monkeypatch):
