@@ -72,7 +72,7 @@ def pick(x: Array, index: Int32[Array, "..."]) -> Array:
 
 def first_equal(x: Array, value: jax.Array) -> Int32[Array, "*K"]:
     """The first row where a lane equals `value`: two plain reductions, faster than argmin."""
-    return jnp.min(jnp.where(x == value, rows(x.shape[0], x), x.shape[0] - 1), axis=0)
+    return jnp.min(jnp.where(x == value[None], rows(x.shape[0], x), x.shape[0] - 1), axis=0)
 
 
 def least_row(
@@ -102,8 +102,8 @@ def least_row(
 def ranks(value: Int32[Array, " m"]) -> Int32[Array, " m"]:
     """The rank of every value, largest first, the lower index first among equals."""
     index = jnp.arange(value.shape[0], dtype=jnp.int32)
-    earlier = index < index[:, None]
-    before = (value > value[:, None]) | ((value == value[:, None]) & earlier)
+    own, other = value[:, None], value[None]
+    before = (other > own) | ((other == own) & (index[None] < index[:, None]))
     return jnp.sum(before, axis=1, dtype=jnp.int32)
 
 
@@ -115,7 +115,9 @@ def descending(value: Int32[Array, " m"]) -> Int32[Array, " m"]:
 def positions_of(wanted: Int32[Array, " k"], among: Int32[Array, " m"]) -> Int32[Array, " k"]:
     """The position of every wanted number among distinct ones."""
     index = jnp.arange(among.shape[0], dtype=jnp.int32)
-    return jnp.sum(jnp.where(wanted[:, None] == among, index, 0), axis=1, dtype=jnp.int32)
+    return jnp.sum(
+        jnp.where(wanted[:, None] == among[None], index[None], 0), axis=1, dtype=jnp.int32
+    )
 
 
 def sanitise(load: Float[Array, "... E"]) -> Float[Array, "... E"]:

@@ -19,4 +19,5 @@ from jaxtyping import install_import_hook
 import tests.typecheck  # noqa: F401  the hook looks it up
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
 install_import_hook("eplb_jax", "tests.typecheck.check")

@@ -108,10 +108,11 @@ def _gpu_loads(
     num_gpus: int,
 ) -> Float[Array, "*TL G"]:
     leading = load.shape[:-1]
-    per_replica = load if split is not None else load / logcnt.astype(jnp.float32)
+    count = jnp.broadcast_to(logcnt, load.shape).astype(jnp.float32)
+    per_replica = load if split is not None else load / count
     expert = jnp.broadcast_to(phy2log, (*leading, phy2log.shape[-1]))
     per_slot = jnp.take_along_axis(per_replica, expert, axis=-1)
-    per_slot = per_slot if split is None else per_slot * split
+    per_slot = per_slot if split is None else per_slot * jnp.broadcast_to(split, per_slot.shape)
     return jnp.sum(per_slot.reshape(*leading, num_gpus, -1), axis=-1)
 
 

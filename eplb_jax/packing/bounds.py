@@ -76,7 +76,7 @@ def bound_of_layer(weight: Float[Array, " n"], num_packs: int) -> Float[Array, "
     prefix = jnp.concatenate([zero, jnp.cumsum(descending)])  # P
     smallest = jnp.concatenate([zero, jnp.cumsum(descending[::-1])])  # S
     h = jnp.arange(1, m + 1, dtype=jnp.int32)[:, None]
-    q = jnp.arange(1, m + 1, dtype=jnp.int32)
+    q = jnp.arange(1, m + 1, dtype=jnp.int32)[None]
 
     def with_prefix(k: Array | int, best: Float[Array, ""]) -> Float[Array, ""]:
         first, inside = k * m + h, q * k + h

@@ -35,7 +35,7 @@ class Columns(Exchanges):
         position = jnp.arange(capacity, dtype=jnp.int32)[:, None]
 
         def assign_blocks(i: Array | int, state: State, height: int) -> State:
-            turned = (position + offsets[i * largest + height - 1]) % capacity
+            turned = (position + offsets[i * largest + height - 1][None]) % capacity
             value, item, label = (along(x, turned, 0) for x in state._replace(value=state.value[0]))
             block, rest = (jnp.sum(x, axis=0, dtype=jnp.int32) for x in jnp.split(value, [height]))
             block_of = positions_of(ranks(rest), num_packs - 1 - ranks(block))

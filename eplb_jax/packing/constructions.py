@@ -70,8 +70,8 @@ def greedy(items: Items, order: Int32[Array, "n *K"], num_packs: int) -> Constru
     def place(carry: _Greedy, added: Float[Array, "*K"]) -> tuple[_Greedy, Int32[Array, "*K"]]:
         room = jnp.where(carry.filled < n // num_packs, carry.loads, jnp.inf)
         pack = first_equal(room, jnp.min(room, axis=0))
-        chosen = rows(num_packs, room) == pack
-        loads = jnp.where(chosen, carry.loads + added, carry.loads)
+        chosen = rows(num_packs, room) == pack[None]
+        loads = jnp.where(chosen, carry.loads + added[None], carry.loads)
         return _Greedy(loads, carry.filled + chosen.astype(jnp.int32)), pack
 
     start = _Greedy(
@@ -95,7 +95,7 @@ def quantised_greedy(items: Items, order: Int32[Array, "n *K"], num_packs: int) 
     def place(state: Int32[Array, "m *K"], step: Int32[Array, "*K"]) -> tuple[Array, Array]:
         least = jnp.min(state, axis=0)
         after, pack = state_of.add(least, step)
-        return jnp.where(state == least, after, state), pack
+        return jnp.where(state == least[None], after[None], state), pack
 
     empty = jnp.zeros((num_packs, *lanes), jnp.int32)
     state, pack_index = lax.scan(place, empty + state_of.empty(rows(num_packs, empty)), steps)

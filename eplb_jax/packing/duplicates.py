@@ -57,7 +57,7 @@ def _separate_one(i: Array | int, packs: _Packs) -> _Packs:
     num_packs, capacity = label.shape
     position = jnp.arange(capacity, dtype=jnp.int32)
     same = label[:, :, None] == label[:, None, :]
-    duplicate = jnp.any(same & (position < position[:, None]), axis=2).ravel()
+    duplicate = jnp.any(same & (position[None] < position[:, None])[None], axis=2).ravel()
     # Duplicates take turns, so one that cannot be removed does not hold up the others.
     number = jnp.cumsum(duplicate, dtype=jnp.int32)
     turn = jnp.asarray(i, jnp.int32) % jnp.maximum(number[-1], 1) + 1
@@ -65,7 +65,7 @@ def _separate_one(i: Array | int, packs: _Packs) -> _Packs:
     pack = one // capacity
 
     holds_label = jnp.any(label == label.ravel()[one], axis=1, keepdims=True)
-    known_to_pack = jnp.any(label[:, :, None] == label[pack], axis=2)
+    known_to_pack = jnp.any(label[:, :, None] == label[pack][None, None], axis=2)
     loads = jnp.sum(value, axis=1, dtype=jnp.int32)
     never = jnp.iinfo(jnp.int32).max
     moved = value.ravel()[one] - value

@@ -46,8 +46,8 @@ def pack_loads(value: Int32[Array, "T c m"]) -> Int32[Array, "T m"]:
 def is_duplicate(label: Int32[Array, "c m"]) -> Bool[Array, "c m"]:
     """Which positions hold a label that an earlier position of their pack holds."""
     position = jnp.arange(label.shape[0], dtype=jnp.int32)
-    earlier = (position < position[:, None])[:, :, None]
-    return jnp.any((label[:, None] == label) & earlier, axis=1)
+    earlier = (position[None] < position[:, None])[:, :, None]
+    return jnp.any((label[:, None] == label[None]) & earlier, axis=1)
 
 
 class Exchanges(Refinement):

@@ -97,5 +97,5 @@ class RampedLpt:
 
     def draw(self, key: Key[Array, ""], num_items: int) -> Float[Array, "n K"]:
         """The factors."""
-        scale = jnp.asarray(np.linspace(self.start, self.stop, self.count, dtype=np.float32))
+        scale = jnp.asarray(np.linspace(self.start, self.stop, self.count, dtype=np.float32))[None]
         return 1 + unfused(scale * jax.random.uniform(key, (num_items, self.count), jnp.float32))

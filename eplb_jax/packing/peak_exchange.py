@@ -63,7 +63,7 @@ def _lower(i: Array | int, carry: _Lowered) -> _Lowered:
     larger = jnp.maximum(mine[..., None, None] - moved, others[:, None, None] + moved)
     cost = reduce(jnp.add, larger)
     before = jnp.sum(jnp.maximum(mine, others), axis=0, dtype=jnp.int32)
-    same = label[:, None, None] == state.label
+    same = label[:, None, None] == state.label[None]
     invalid = jnp.any(same, axis=1, keepdims=True) | jnp.any(same, axis=0, keepdims=True)
     position = jnp.arange(capacity, dtype=jnp.int32)
     invalid |= (urgent & (position != duplicate // num_packs))[:, None, None]

@@ -104,12 +104,14 @@ class Swap(Refinement):
         good = exchange.gain > 0
         good &= jnp.maximum(after_a, after_b) < jnp.maximum(load_a, load_b)
         pack, slot = rows(num_packs, loads), rows(items.shape[0], items)
-        new_loads = jnp.where(good & (pack == a), after_a, loads)
-        new_loads = jnp.where(good & (pack == b), after_b, new_loads)
+
+        def put(x: Array, row: Array, at: Array, value: Array) -> Array:
+            return jnp.where(good[None] & (row == at[None]), value[None], x)
+
+        new_loads = put(put(loads, pack, a, after_a), pack, b, after_b)
         new_items = items
         for i, j in exchange.slots if self.pairs else exchange.slots[:1]:
-            new_items = jnp.where(good & (slot == i), pick(items, j), new_items)
-            new_items = jnp.where(good & (slot == j), pick(items, i), new_items)
+            new_items = put(put(new_items, slot, i, pick(items, j)), slot, j, pick(items, i))
         return _Packs(new_items, new_loads)
 
 
@@ -129,7 +131,7 @@ def _most_loaded(loads: Int32[Array, "m *K"], count: int) -> Int32[Array, "count
     chosen = []
     for _ in range(count):
         chosen.append(first_equal(loads, jnp.max(loads, axis=0)))
-        loads = jnp.where(index == chosen[-1], jnp.iinfo(jnp.int32).min, loads)
+        loads = jnp.where(index == chosen[-1][None], jnp.iinfo(jnp.int32).min, loads)
     return jnp.stack(chosen)
 
 
@@ -137,7 +139,7 @@ def _items_in(
     items: Int32[Array, "n *K"], packs: Int32[Array, "h *K"], capacity: int
 ) -> Int32[Array, "h c *K"]:
     """The items of some packs."""
-    slots = packs[:, None] * capacity + rows(capacity, packs)
+    slots = packs[:, None] * capacity + rows(capacity, packs)[None]
     return pick(items, slots.reshape(-1, *packs.shape[1:])).reshape(slots.shape)
 
 
@@ -160,7 +162,9 @@ def _best_pair(
         return moved.astype(jnp.float32) * (diff - moved).astype(jnp.float32)
 
     def against(t: Array | int, largest: Array) -> Array:
-        return jnp.maximum(largest, gains(out - flat_into[t], diff[:, t // width][:, None]))
+        return jnp.maximum(
+            largest, gains(out - flat_into[t][None, None], diff[:, t // width][:, None])
+        )
 
     count = flat_into.shape[0]
     none = jnp.full(out.shape, -jnp.inf, jnp.float32)
@@ -168,7 +172,7 @@ def _best_pair(
     gain = jnp.max(by_item, axis=0)
     item = first_equal(by_item, gain)
     a, i = item // width, item % width
-    moved = pick(out.reshape(-1, *lanes), item) - into
+    moved = pick(out.reshape(-1, *lanes), item)[None, None] - into
     partners = gains(moved, pick(diff, a)[:, None]).reshape(-1, *lanes)
     partner = first_equal(partners, jnp.max(partners, axis=0))
     return gain, pick(moved.reshape(-1, *lanes), partner), a, i, partner // width, partner % width

@@ -117,15 +117,15 @@ def _predict(
 
     def step(means: _Means, window: tuple[Array, Array]) -> tuple[_Means, None]:
         new, present = window
-        missed = [jnp.sum(jnp.abs(new - x), axis=-1, dtype=jnp.int32) for x in means[:2]]
-        missed = jnp.concatenate([missed[0][None], missed[1]]) // MOST_WINDOWS
+        state = jnp.concatenate([means.plain[None], means.weighted])
+        missed = jnp.sum(jnp.abs(new[None] - state), axis=-1, dtype=jnp.int32) // MOST_WINDOWS
         # Before the second window all gains err alike.
-        error = means.error + jnp.where((present & (means.windows > 1))[:, 0], missed, 0)
+        error = means.error + jnp.where((present & (means.windows > 1))[None, :, 0], missed, 0)
         count = means.windows + present.astype(jnp.int32)
         plain = jnp.where(present, (new - means.plain) // jnp.maximum(count, 1), 0)
-        change = ((new - means.weighted) >> 6) * gains
-        change = jnp.where(count > 1, change, new - means.weighted)
-        weighted = means.weighted + jnp.where(present, change, 0)
+        apart = new[None] - means.weighted
+        change = jnp.where((count > 1)[None], (apart >> 6) * gains, apart)
+        weighted = means.weighted + jnp.where(present[None], change, 0)
         return _Means(means.plain + plain, weighted, count, error), None
 
     first = share[:, 0]

@@ -95,7 +95,7 @@ def _best(
     windows = normalise(windows, (-2, -1))
 
     def scores(on_gpu: Array, count: Array, windows: Array) -> tuple[Array, Array]:
-        per_replica = fixed_point(windows / count.astype(jnp.float32), size, LOAD_BITS)
+        per_replica = fixed_point(windows / count[None].astype(jnp.float32), size, LOAD_BITS)
         one, each = on_gpu[..., None], per_replica[..., None]  # one packing is one lane
         (largest,) = score_windows(lambda loads: (jnp.max(loads, axis=0),), each, one)
         return count_duplicates(on_gpu), largest[0]

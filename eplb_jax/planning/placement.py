@@ -1,10 +1,12 @@
 """The maps of a plan: made from replicas or from a foreign map, inverted, and checked."""
 
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jaxtyping import Array, Bool, Int32
 
 from eplb_jax.checks import LoadLike, as_experts, check_complete, is_concrete
@@ -47,14 +49,15 @@ def ranks_in(phy2log: Int32[Array, "*L R"]) -> Int32[Array, "*L R"]:
     """The rank of every replica among those of its expert, in the order of their slots."""
     slot = jnp.arange(phy2log.shape[-1], dtype=jnp.int32)
     same = phy2log[..., :, None] == phy2log[..., None, :]
-    return jnp.sum(same & (slot[:, None] > slot), axis=-1, dtype=jnp.int32)
+    earlier = jnp.broadcast_to(slot[:, None] > slot[None], same.shape)
+    return jnp.sum(same & earlier, axis=-1, dtype=jnp.int32)
 
 
 def ranks_listed(plan: Placement) -> Int32[Array, "*L R"]:
     """The rank of every replica, in the order in which `log2phy` lists them."""
-    slot = jnp.arange(plan.phy2log.shape[-1], dtype=jnp.int32)
     listed = jnp.take_along_axis(plan.log2phy, plan.phy2log[..., None], axis=-2)
-    return jnp.argmax(listed == slot[:, None], axis=-1).astype(jnp.int32)
+    slot = lax.broadcasted_iota(jnp.int32, listed.shape, listed.ndim - 2)
+    return jnp.argmax(listed == slot, axis=-1).astype(jnp.int32)
 
 
 def placement_of(phy2log: LoadLike, num_experts: int | None = None) -> Placement:
@@ -97,7 +100,14 @@ def as_placement(value: Any, name: str, num_experts: int | None = None) -> Place
             raise TypeError(f"{name} is a traced map; give a Placement, see placement_of")
         num_experts = int(np.asarray(experts).max(initial=0)) + 1
     check_complete(experts, num_experts, name)
-    return place(Replication(experts, ranks_in(experts), count_replicas(experts, num_experts)))
+    return _placement_of(experts, num_experts=num_experts)
+
+
+@by_layers
+@partial(jax.jit, static_argnames="num_experts")
+def _placement_of(phy2log: Int32[Array, "*L R"], *, num_experts: int) -> Placement:
+    count = count_replicas(phy2log, num_experts)
+    return place(Replication(phy2log, ranks_in(phy2log), count))
 
 
 def check_placement(placement: Placement) -> None:
@@ -138,7 +148,7 @@ def is_valid(plan: Placement) -> Bool[Array, "*L"]:
         expert = jnp.arange(logcnt.shape[0], dtype=jnp.int32)
         known = (phy2log >= 0) & (phy2log < expert.size)
         count = count_replicas(jnp.where(known, phy2log, expert.size), expert.size)
-        listed = jnp.arange(most, dtype=jnp.int32) < logcnt[:, None]
+        listed = jnp.arange(most, dtype=jnp.int32)[None] < logcnt[:, None]
         right = (log2phy >= 0) == listed
         right &= ~listed | (phy2log[log2phy] == expert[:, None])
         times = count_replicas(jnp.where(listed, log2phy, num_slots).reshape(-1), num_slots)

@@ -151,8 +151,8 @@ def _walk(
         return jnp.clip(share, 0, 2 * _LEVELS + 1).astype(jnp.int32) - _LEVELS
 
     def excess(position: Array, counts: Array) -> Array:
-        reached = level < jnp.abs(position)[..., None]
-        return jnp.where(reached, jnp.where(position > 0, counts, -counts)[..., None], 0)
+        reached = level[None] < jnp.abs(position)[:, None]
+        return jnp.where(reached, jnp.where(position > 0, counts, -counts)[:, None], 0)
 
     def total(excess: Array) -> Array:
         return jnp.sum(jnp.maximum(excess, 0), axis=-1, dtype=jnp.int32)
@@ -162,7 +162,8 @@ def _walk(
         load_of, old = scaled[part], walk.counts[part]
         new = old + change[i]
         here, there = position(load_of, new), position(load_of, old)
-        cost = total(walk.excess + excess(here, new) - excess(there, old))
+        delta = excess(here, new) - excess(there, old)
+        cost = total(walk.excess[None] + delta)
         cost += jnp.where(here > _LEVELS, _HEAVY, 0)
         invalid = walk.touched[part] | (new < 1) | (new > most)
         cost = jnp.where(invalid, _NEVER, cost)
@@ -172,12 +173,11 @@ def _walk(
         possible = least < _NEVER
         chosen = possible & (jnp.arange(load.shape[0], dtype=jnp.int32) == part[one])
         counts = jnp.where(chosen, walk.counts + change[i], walk.counts)
-        delta = excess(here[one], new[one]) - excess(there[one], old[one])
         done = last[i]
         better = done & (least < walk.cost) & (jnp.sum(counts) == jnp.sum(walk.best))
         return _Walk(
             counts,
-            walk.excess + jnp.where(possible, delta, 0),
+            walk.excess + jnp.where(possible, delta[one], 0),
             (walk.touched | chosen) & ~done,
             jnp.where(better, counts, walk.best),
             jnp.where(better, least, walk.cost),

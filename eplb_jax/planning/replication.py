@@ -77,7 +77,7 @@ def replicate(
         if most is not None:
             quotient = jnp.where(count < most, quotient, -1)
         chosen = first_equal(quotient, jnp.max(quotient, axis=0))
-        here = expert == chosen
+        here = expert == chosen[None]
         rank = jnp.max(jnp.where(here, count, 0), axis=0)
         return jnp.where(here, count + 1, count), (chosen, rank)
 
@@ -95,7 +95,7 @@ def list_replicas(logcnt: Int32[Array, "L E"], num_phy: int) -> Replication:
     expert = jnp.arange(logcnt.shape[1], dtype=jnp.int32)
     slot = jnp.arange(num_phy, dtype=jnp.int32)
     phy2log = jax.vmap(lambda x: jnp.repeat(expert, x, total_repeat_length=num_phy))(logcnt)
-    return Replication(phy2log, slot - along(first, phy2log, 1), logcnt)
+    return Replication(phy2log, slot[None] - along(first, phy2log, 1), logcnt)
 
 
 _MARGINS = (0.5, 1.0, 0.75, 1.5)

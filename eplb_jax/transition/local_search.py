@@ -165,7 +165,7 @@ def _units(windows: Float[Array, "T E"]) -> Float[Array, "T E"]:
 
 def _share(units: Float[Array, "T E"], count: Int32[Array, " E"]) -> Int32[Array, "T E"]:
     """The load of each replica of experts that have so many."""
-    return (units * (1 / jnp.maximum(count, 1).astype(jnp.float32))).astype(jnp.int32)
+    return (units * (1 / jnp.maximum(count, 1).astype(jnp.float32))[None]).astype(jnp.int32)
 
 
 def _view(
@@ -215,7 +215,8 @@ def _twice(x: Array, y: Array) -> Float[Array, "..."]:
 def _best(rate: Float[Array, "*m n"], local: Bool[Array, "*m n"]) -> Int32[Array, "*m"]:
     """The position of the maximum of every row: the first local one, if there is one."""
     count = rate.shape[-1]
-    order = jnp.arange(count, dtype=jnp.int32) + jnp.where(local, 0, count)
+    order = lax.broadcasted_iota(jnp.int32, rate.shape, rate.ndim - 1)
+    order += jnp.where(local, 0, count)
     largest = rate == jnp.max(rate, axis=-1, keepdims=True)
     return jnp.min(jnp.where(largest, order, 2 * count), axis=-1) % count
 
@@ -240,16 +241,16 @@ def _swap(view: _View, failed: Int32[Array, ""], topology: Topology, hierarchica
     held = view.held.astype(jnp.int32)
     theirs = held[other[:, None], expert] - held[gpu][expert]  # [m, c]
     ours = held[gpu, mine][:, None] - held[:, mine].T  # [c, m]
-    moves = ours[:, :, None] + theirs
-    duplicate = (placed[:, mine].T > 0)[:, :, None] | (placed[gpu][expert] > 0)
-    local = (other // topology.gpus_per_node == gpu // topology.gpus_per_node)[:, None]
+    moves = ours[:, :, None] + theirs[None]
+    duplicate = (placed[:, mine].T > 0)[:, :, None] | (placed[gpu][expert] > 0)[None]
+    local = (other // topology.gpus_per_node == gpu // topology.gpus_per_node)[None, :, None]
     invalid = duplicate | (moves > view.left) | (~local & hierarchical)
     rate = jnp.where(invalid, -jnp.inf, _per_move(gain, moves)).ravel()
     best = _best(rate, jnp.broadcast_to(local, moves.shape).ravel())
     one, two = gpu * slots + best // (num_gpus * slots), best % (num_gpus * slots)
     flat = expert.ravel()
     after = flat.at[one].set(flat[two]).at[two].set(flat[one]).reshape(expert.shape)
-    return _Step(after, rate[best], local[two // slots, 0])
+    return _Step(after, rate[best], local[0, two // slots, 0])
 
 
 def _change(view: _View, topology: Topology, hierarchical: bool) -> _Step:
@@ -265,12 +266,12 @@ def _change(view: _View, topology: Topology, hierarchical: bool) -> _Step:
     now, less, more = (_share(view.units, replicas + change) for change in (0, -1, 1))
     rise, fall = less - now, now - more
     around = jnp.zeros_like(now).at[:, expert].add(view.above[:, :, None])  # of its GPUs
-    loss = _product(rise, _twice(around, (replicas - 1) * rise)) + _product(now, now)
+    loss = _product(rise, _twice(around, (replicas[None] - 1) * rise)) + _product(now, now)
     loss = loss[:, expert] - 2 * _product(view.above[:, :, None], less[:, expert])
     single = replicas[expert] < 2
     slot = _best(jnp.where(single, -jnp.inf, -_sum(loss)), jnp.ones_like(single))
     dropped = expert[gpu, slot]
-    gain = _product(fall, _twice(around, -replicas * fall)) - _product(more, more)
+    gain = _product(fall, _twice(around, -replicas[None] * fall)) - _product(more, more)
     gain = _sum(gain[:, None] - 2 * _product(view.above[:, :, None], more[:, None]))  # [m, E]
     nodes = placed.reshape(topology.num_nodes, topology.gpus_per_node, num_experts)
     local = jnp.repeat(jnp.any(nodes > 0, axis=1), topology.gpus_per_node, axis=0)
@@ -279,9 +280,9 @@ def _change(view: _View, topology: Topology, hierarchical: bool) -> _Step:
     invalid = (placed > 0) | (moves > view.left) | (~local & hierarchical) | single[gpu, slot, None]
     added = _best(jnp.where(invalid, -jnp.inf, gain), local)
     change = (
-        rise[:, None, dropped] * placed[:, dropped]
-        - fall[:, None, added] * placed[:, added]
-        + jnp.eye(num_gpus, dtype=jnp.int32) * (more[:, added] - less[:, dropped])[:, None]
+        rise[:, None, dropped] * placed[None, :, dropped]
+        - fall[:, None, added] * placed[None, :, added]
+        + jnp.eye(num_gpus, dtype=jnp.int32)[None] * (more[:, added] - less[:, dropped])[:, None]
     )  # [T, m, m]: of the load of every GPU, by each choice
     gain = -_sum(_sum(_product(change, _twice(view.above[:, :, None], change))))
     rate = jnp.where(invalid[gpu, added], -jnp.inf, _per_move(gain, moves[gpu, added]))

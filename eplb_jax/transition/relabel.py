@@ -76,15 +76,15 @@ def _shared(old: Bool[Array, "m E"], new: Bool[Array, "m E"]) -> Int32[Array, "m
 
 def slots_kept(new: Int32[Array, " c"], old: Int32[Array, " c"]) -> Int32[Array, " c"]:
     """Which of a GPU's new experts goes to every slot: one it had stays, the rest in turn."""
-    same = (old[:, None] == new) & _first(new)
+    same = (old[:, None] == new[None]) & _first(new)[None]
     stays = same & _first(old)[:, None]  # slot by expert, at most one in a row and in a column
     free, moved = ~jnp.any(stays, axis=1), ~jnp.any(stays, axis=0)
     slot_turn, expert_turn = (jnp.cumsum(x, dtype=jnp.int32) for x in (free, moved))
-    filled = free[:, None] & moved & (slot_turn[:, None] == expert_turn)
+    filled = free[:, None] & moved[None] & (slot_turn[:, None] == expert_turn[None])
     return jnp.argmax(stays | filled, axis=1).astype(jnp.int32)
 
 
 def _first(x: Int32[Array, " c"]) -> Bool[Array, " c"]:
     """Where no earlier entry is the same."""
     slot = jnp.arange(x.shape[0], dtype=jnp.int32)
-    return ~jnp.any((x[:, None] == x) & (slot[:, None] > slot), axis=1)
+    return ~jnp.any((x[:, None] == x[None]) & (slot[:, None] > slot[None]), axis=1)

@@ -228,8 +228,8 @@ class Layer(NamedTuple):
         start = jnp.full(left[0].shape, most), jnp.zeros(left[0].shape, jnp.int32)
         least, partner = loop(s.bundles, against, start)
         lowest = jnp.min(least, axis=0)
-        one = _first(least, lowest, bundle, 0)
-        other = _add(jnp.where(bundle == one, partner, 0), 0)
+        one = _first(least, lowest[None], bundle, 0)
+        other = _add(jnp.where(bundle == one[None], partner, 0), 0)
         good = real & (lowest < limit)
         swaps = [(k[one], a[0], k[other], b[0]) for k in (self.first, self.last)]
         items = [(self.item(*x[:2]), self.item(*x[2:])) for x in swaps]
