@@ -8,7 +8,7 @@ WORKERS ?= 2
 
 demo: $(VENV)/.cli
 	@mkdir -p demo
-	$(BIN)/eplb-jax plan example --replicas 288 --groups 8 --nodes 4 --gpus 32 --policy global \
+	$(BIN)/eplb-jax plan example --sum --replicas 288 --groups 8 --nodes 4 --gpus 32 --policy global \
 	  --output demo/plan.json --plot demo/plan.png
 	@echo "wrote demo/plan.json and demo/plan.png"
 
