@@ -13,26 +13,26 @@ Function = TypeVar("Function", bound=Callable)
 
 
 def by_layers(function: Function) -> Function:
-    """Leave to the compiler how a function of layers is partitioned, its results lying by layer.
+    """Let the compiler partition a function of layers; its results are sharded by layer.
 
-    On explicit axes JAX wants to be told the sharding of every gather; what is written for a layer
-    and lifted over layers needs none of that. Where there are no explicit axes this does nothing.
-    The layers are the last axis but one of the first array, and the first of every result.
+    On explicit axes JAX requires the sharding of every gather, which a function of independent
+    layers does not need. Without explicit axes this does nothing. The layers are the last axis but
+    one of the first array that has two axes, and the first axis of every result.
     """
 
     @wraps(function)
     def automatic(*args, **kwargs):
         if explicit_mesh(*args) is None:
             return function(*args, **kwargs)
-        first = next(x for x in jax.tree.leaves(args) if getattr(x, "ndim", 0) > 1)
-        layers = spec_of(first)[first.ndim - 2 :][:1]
+        arrays = [x for x in jax.tree.leaves(args) if getattr(x, "ndim", 0) > 1]
+        layers = spec_of(arrays[0])[arrays[0].ndim - 2 :][:1] if arrays else ()
         return under_auto(lambda *x: function(*x, **kwargs), PartitionSpec(*layers), *args)
 
     return automatic  # pyright: ignore[reportReturnType]
 
 
 def under_auto(function: Callable, spec: PartitionSpec, *args: Any) -> Any:
-    """Call a function with explicit axes as automatic ones, and its results lying by `spec`."""
+    """Call a function with explicit axes as automatic ones; its results are sharded by `spec`."""
     mesh = explicit_mesh(*args)
     if mesh is None:
         return function(*args)
@@ -43,7 +43,7 @@ def under_auto(function: Callable, spec: PartitionSpec, *args: Any) -> Any:
 
 
 def explicit_mesh(*args: Any) -> AbstractMesh | None:
-    """The mesh with explicit axes that these arrays lie on, or that is set; None without one."""
+    """The mesh with explicit axes of these arrays, or the one that is set; None without one."""
     mesh = jax.sharding.get_abstract_mesh()
     if AxisType.Explicit in mesh.axis_types:
         return mesh
@@ -55,6 +55,6 @@ def explicit_mesh(*args: Any) -> AbstractMesh | None:
 
 
 def spec_of(array: Array | np.ndarray) -> PartitionSpec:
-    """How an array lies on explicit axes; on no axis elsewhere."""
+    """The partition of an array on explicit axes; no axes elsewhere."""
     spec = jax.typeof(array).sharding.spec if isinstance(array, jax.Array) else ()
     return PartitionSpec(*spec, *(None,) * (array.ndim - len(spec)))

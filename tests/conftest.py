@@ -1,6 +1,7 @@
 """Checks of shapes and types in every call, strict promotion, and eight CPU devices."""
 
 import os
+from pathlib import Path
 
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "")
@@ -10,7 +11,9 @@ os.environ["XLA_FLAGS"] = (
     + " --xla_cpu_use_fusion_emitters=false"
 )
 # A second local run reads what the first one compiled.
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", ".pytest_cache/jax")
+os.environ.setdefault(
+    "JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parent.parent / ".pytest_cache/jax")
+)
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 
 import jax

@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tests.helpers import lognormal
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import eplb_jax
 from eplb_jax import Topology
+from tests.helpers import lognormal
 
 TOPOLOGY = Topology(4, slots=5, num_nodes=2, num_groups=4)
 

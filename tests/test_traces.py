@@ -217,8 +217,8 @@ def test_numbers_out_of_range(options, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"tokens": 1.5}, "tokens must be a whole number, got 1.5"),
-        ({"seed": "x"}, "seed must be a whole number, got 'x'"),
+        ({"tokens": 1.5}, "tokens must be an integer, got 1.5"),
+        ({"seed": "x"}, "seed must be an integer, got 'x'"),
         ({"skew": "steep"}, "skew must be a number, got 'steep'"),
         ({"balancedness": [1, 2]}, r"balancedness must be a number, got \[1, 2\]"),
     ],

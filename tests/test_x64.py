@@ -37,7 +37,7 @@ def mesh():
 
 
 def slots():
-    return np.take_along_axis(LOAD, np.asarray(old().phy2log), axis=1)
+    return jnp.asarray(np.take_along_axis(LOAD, np.asarray(old().phy2log), axis=1))
 
 
 def route(choice, **options):

@@ -28,13 +28,17 @@ def _public() -> set[tuple[str, str]]:
 _CHECKING = ("_plan_replicas", "_is_hierarchical", "resolve_policy", "topology_of")
 PUBLIC = _public() | {("eplb_jax.planning.plan", name) for name in _CHECKING}
 PUBLIC |= {("eplb_jax.types", "check_topology"), ("eplb_jax.planning.placement", "as_placement")}
-MODULES = ("eplb_jax.evaluation.", "eplb_jax.checks", "eplb_jax.cli.")
+PUBLIC |= {("eplb_jax.evaluation.traces", name) for name in ("_number", "_change")}
+_MODULES = {module + "." + name for module, name in PUBLIC}  # metrics, loads, traces
 _checked = beartype(conf=BeartypeConf(is_pep484_tower=True))
 
 
 def check(function: F) -> F:
-    """The function with checks of its arguments, unless it is public."""
+    """The function with checks of its arguments, unless it is public or checks arguments itself."""
     module, name = getattr(function, "__module__", ""), getattr(function, "__qualname__", "")
-    if (module, name.split(".")[0]) in PUBLIC or module.startswith(MODULES):
+    of_public_module = module in _MODULES and not name.startswith("_")
+    if (module, name.split(".")[0]) in PUBLIC or of_public_module:
+        return function
+    if module == "eplb_jax.checks" or module.startswith("eplb_jax.cli."):
         return function
     return _checked(function)
