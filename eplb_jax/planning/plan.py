@@ -320,7 +320,7 @@ def _fresh(
         lambda x: ordered_sum(x.reshape(*x.shape[:-1], num_groups, group_size), -1)
     )
     groups = packs(by_group.load, num_nodes, strategy, group_key, windows=by_group.windows)
-    first = groups.reshape(num_layers * num_nodes, -1, 1) * group_size
+    first = groups.reshape(num_layers * num_nodes, num_groups // num_nodes, 1) * group_size
     experts = first + jnp.arange(group_size, dtype=jnp.int32)[None, None]
     experts = experts.reshape(num_layers * num_nodes, num_experts // num_nodes)
     # From here a row is a node of a layer, and its experts are numbered as in `experts`.
