@@ -1,41 +1,72 @@
-"""Replicas and GPUs of one node: how many replicas every expert gets, and on which GPUs."""
+"""A plan from loads alone: groups to nodes, replica counts in every node, replicas to its GPUs."""
+
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int32, Key
 
-from eplb_jax.arrays import LOAD_BITS, along, fixed_point, normalise
+from eplb_jax.arrays import LOAD_BITS, along, fixed_point, normalise, ordered_sum
+from eplb_jax.checks import fixed_if_none
 from eplb_jax.packing.duplicates import count_duplicates
 from eplb_jax.packing.objectives import best
 from eplb_jax.packing.search import packs, score_windows
-from eplb_jax.planning.forecast import Forecast
+from eplb_jax.planning.forecast import Forecast, forecast_of
+from eplb_jax.planning.placement import count_replicas
 from eplb_jax.planning.replication import counts_over_windows, list_replicas, replicate
 from eplb_jax.planning.strategies import Strategy
-from eplb_jax.types import Replication
+from eplb_jax.sharding import by_layers
+from eplb_jax.types import Replication, Topology
 
 
-def take(x: Float[Array, "L *T E"], index: Int32[Array, "L n"]) -> Float[Array, "L *T n"]:
+@by_layers
+@partial(jax.jit, static_argnames=("topology", "strategy"))
+def fresh_plan(
+    load: Float[Array, "*T L E"],
+    key: Key[Array, ""] | None,
+    *,
+    topology: Topology,
+    strategy: Strategy,
+) -> Replication:
+    """A plan from loads alone; hierarchical where the topology has several nodes."""
+    num_nodes, num_groups = topology.num_nodes, topology.num_groups
+    forecast = forecast_of(load, summed=not strategy.distinct)
+    num_layers, num_experts = forecast.load.shape
+    group_key, gpu_key = jax.random.split(fixed_if_none(key))
+
+    counts = topology.num_replicas // num_nodes, topology.gpus_per_node
+    if num_nodes == 1:
+        return _place_in_node(forecast, *counts, strategy, gpu_key)
+    group_size = num_experts // num_groups
+    by_group = forecast.map(
+        lambda x: ordered_sum(x.reshape(*x.shape[:-1], num_groups, group_size), -1)
+    )
+    groups = packs(by_group.load, num_nodes, strategy, group_key, windows=by_group.windows)
+    first = groups.reshape(num_layers * num_nodes, num_groups // num_nodes, 1) * group_size
+    experts = first + jnp.arange(group_size, dtype=jnp.int32)[None, None]
+    experts = experts.reshape(num_layers * num_nodes, num_experts // num_nodes)
+    # From here a row is a node of a layer, and its experts are numbered as in `experts`.
+    of_node = forecast.map(lambda x: _take(jnp.repeat(x, num_nodes, axis=0), experts))
+    replicas = _place_in_node(of_node, *counts, strategy, gpu_key)
+    phy2log = along(experts, replicas.phy2log, 1).reshape(-1, topology.num_replicas)
+    rank = replicas.rank.reshape(-1, topology.num_replicas)
+    return Replication(phy2log, rank, count_replicas(phy2log, num_experts))
+
+
+def _take(x: Float[Array, "L *T E"], index: Int32[Array, "L n"]) -> Float[Array, "L *T n"]:
     """``x[..., index]``, layer by layer."""
     return along(x, index[:, None] if x.ndim == 3 else index, -1)
 
 
-def place_in_node(
+def _place_in_node(
     forecast: Forecast,
     num_replicas: int,
     num_gpus: int,
     strategy: Strategy,
     key: Key[Array, ""],
 ) -> Replication:
-    """Replicate experts and pack the replicas to the GPUs of one node.
-
-    Args:
-        forecast: What to plan for; L counts the nodes of all layers.
-        num_replicas: Slots of the node.
-        num_gpus: GPUs of the node.
-        strategy: How to search.
-        key: What random draws come from.
-    """
+    """Experts replicated and packed to the GPUs of one node; L counts the nodes of all layers."""
     load = forecast.load
     num_experts = load.shape[1]
     if not strategy.distinct:
@@ -71,7 +102,7 @@ def _pack(
     expert, rank, logcnt = replication
     num_experts, num_replicas = logcnt.shape[1], expert.shape[1]
     count = logcnt.astype(jnp.float32)
-    weight = forecast.map(lambda x: take(x / (count[:, None] if x.ndim == 3 else count), expert))
+    weight = forecast.map(lambda x: _take(x / (count[:, None] if x.ndim == 3 else count), expert))
     labels = expert + num_experts * (rank // num_gpus) if strategy.distinct else None
     spares = num_replicas - num_experts
     slots = packs(weight.load, num_gpus, strategy, key, labels, spares, weight.windows)

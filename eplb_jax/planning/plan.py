@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int32, Key
 
-from eplb_jax.arrays import along, ordered_sum
 from eplb_jax.checks import (
     LoadLike,
     as_count,
@@ -18,12 +17,10 @@ from eplb_jax.checks import (
     as_penalty,
     check_divides,
     check_multiple,
-    fixed_if_none,
 )
 from eplb_jax.packing.balanced_packing import check_size
-from eplb_jax.packing.search import packs
 from eplb_jax.planning.forecast import forecast_of, merge_windows
-from eplb_jax.planning.per_node import place_in_node, take
+from eplb_jax.planning.per_node import fresh_plan
 from eplb_jax.planning.placement import (
     as_placement,
     count_replicas,
@@ -56,7 +53,7 @@ def plan(
     """Choose the expert of every physical slot, from measured loads.
 
     Given several past windows, the plan is made for the next one: GPUs are balanced in every
-    window and in a prediction (see `eplb_jax.planning.forecast`). Windows are normalise to equal
+    window and in a prediction (see `eplb_jax.planning.forecast`). Windows are scaled to equal
     weight; all-zero windows are ignored. Strategies whose refinement does not use windows (all but
     "auto", "fast" and "best") plan for their weighted mean, and "greedy" for their sum.
 
@@ -138,8 +135,8 @@ def rebalance_experts(
         num_nodes: N; divides num_gpus and, for the hierarchical policy, num_groups.
         num_gpus: G, over all nodes.
         policy: "auto", "global" or "hierarchical".
-        **options: The other keyword arguments of `plan`: strategy ("greedy" is DeepSeek's plan,
-            slot for slot), key, previous, max_moves, move_penalty, check.
+        **options: The other keyword arguments of `plan`. ``strategy="greedy"`` gives DeepSeek's
+            plan, slot for slot.
 
     Returns:
         The plan, which unpacks as DeepSeek's (phy2log, log2phy, logcnt).
@@ -156,54 +153,28 @@ def rebalance_experts(
     References:
         DeepSeek-AI, EPLB (github.com/deepseek-ai/EPLB): the function of this name.
     """
-    array = as_load(weight, "weight", least_axes=2, check=options.get("check", True))
-    counts = num_replicas, num_groups, num_nodes, num_gpus
-    topology = topology_of(array.shape[-1], *counts, policy=policy)
-    return place(_plan_replicas(array, topology, "weight", policy=policy, **options))
-
-
-def topology_of(
-    num_experts: int,
-    num_replicas: int,
-    num_groups: int,
-    num_nodes: int,
-    num_gpus: int,
-    *,
-    policy: Policy = "auto",
-) -> Topology:
-    """The topology that DeepSeek's arguments mean.
-
-    Under the global policy, which needs no nodes, num_nodes need not divide num_gpus.
-
-    Raises:
-        TypeError: A number is not an integer.
-        ValueError: num_replicas is no multiple of num_gpus or less than num_experts, or a number
-            is less than 1.
-
-    Example:
-        >>> topology_of(256, 288, 8, 4, 32)
-        Topology(num_gpus=32, slots=9, num_nodes=4, num_groups=8)
-    """
+    load = as_load(weight, "weight", least_axes=2, check=options.get("check", True))
     num_replicas = as_count("num_replicas", num_replicas)
     num_gpus, num_nodes = as_count("num_gpus", num_gpus), as_count("num_nodes", num_nodes)
-    check_multiple("num_replicas", num_replicas, "num_gpus", num_gpus, least=num_experts)
+    check_multiple("num_replicas", num_replicas, "num_gpus", num_gpus, least=load.shape[-1])
     num_groups = as_count("num_groups", num_groups)
     if num_gpus % num_nodes and resolve_policy(policy, num_groups, num_nodes) == "global":
-        num_nodes = 1
-    return Topology(num_gpus, num_replicas // num_gpus, num_nodes, num_groups)
+        num_nodes = 1  # the global policy needs no nodes
+    topology = Topology(num_gpus, num_replicas // num_gpus, num_nodes, num_groups)
+    return place(_plan_replicas(load, topology, "weight", policy=policy, **options))
 
 
 def plan_replicas(load: LoadLike, topology: Topology, **options: Any) -> Replication:
     """`plan`, with the rank of every replica in place of the large `log2phy`.
 
     Args:
-        load: As of `plan`.
-        topology: As of `plan`.
+        load: As of `plan`, and so are all that follow.
+        topology: GPUs, slots, nodes and groups.
         **options: The keyword arguments of `plan`.
 
     Returns:
         The expert in every slot and the rank of that replica among those of its expert, each
-        int32 [L, R], and the replicas of every expert, int32 [L, E].
+        int32 [L, R], and the replicas of every expert, int32 [L, E]. Without L for one layer.
 
     Raises:
         TypeError: An argument is of the wrong kind.
@@ -214,20 +185,13 @@ def plan_replicas(load: LoadLike, topology: Topology, **options: Any) -> Replica
         [[1, 1, 0, 0, 0, 0]]
     """
     array = as_load(load, "load", check=options.get("check", True))
-    if array.ndim == 1:
-        one = _plan_replicas(array[None], topology, "load", **_of_one_layer(options))
-        return Replication(*(x[0] for x in one))
-    return _plan_replicas(array, topology, "load", **options)
-
-
-def _of_one_layer(options: dict[str, Any]) -> dict[str, Any]:
-    """The options with the plan in place as one of many layers."""
-    previous = options.get("previous")
-    if isinstance(previous, Placement):
-        previous = Placement(*(x[None] for x in previous))
-    elif previous is not None:
-        previous = jnp.asarray(previous)[None]
-    return options | {"previous": previous}
+    if array.ndim > 1:
+        return _plan_replicas(array, topology, "load", **options)
+    if options.get("previous") is not None:
+        old = as_placement(options["previous"], "previous", array.size)
+        options["previous"] = Placement(*(x[None] for x in old))
+    one = _plan_replicas(array[None], topology, "load", **options)
+    return Replication(*(x[0] for x in one))
 
 
 def _plan_replicas(
@@ -249,7 +213,9 @@ def _plan_replicas(
     check_topology(topology)
     hierarchical = _is_hierarchical(topology, policy, num_experts)
     search = topology if hierarchical else Topology(topology.num_gpus, topology.slots)
-    fresh = partial(_fresh, load, as_key(key), topology=search, strategy=resolve_strategy(strategy))
+    fresh = partial(
+        fresh_plan, load, as_key(key), topology=search, strategy=resolve_strategy(strategy)
+    )
     if previous is None:
         for limit, value in (("max_moves", max_moves), ("move_penalty", move_penalty)):
             if value is not None:
@@ -298,40 +264,6 @@ def _is_hierarchical(topology: Topology, policy: Policy, num_experts: int) -> bo
 
 
 @by_layers
-@partial(jax.jit, static_argnames=("topology", "strategy"))
-def _fresh(
-    load: Float[Array, "*T L E"],
-    key: Key[Array, ""] | None,
-    *,
-    topology: Topology,
-    strategy: Strategy,
-) -> Replication:
-    """A plan from nothing; hierarchical where the topology has several nodes."""
-    num_nodes, num_groups = topology.num_nodes, topology.num_groups
-    forecast = forecast_of(load, summed=not strategy.distinct)
-    num_layers, num_experts = forecast.load.shape
-    group_key, gpu_key = jax.random.split(fixed_if_none(key))
-
-    counts = topology.num_replicas // num_nodes, topology.gpus_per_node
-    if num_nodes == 1:
-        return place_in_node(forecast, *counts, strategy, gpu_key)
-    group_size = num_experts // num_groups
-    by_group = forecast.map(
-        lambda x: ordered_sum(x.reshape(*x.shape[:-1], num_groups, group_size), -1)
-    )
-    groups = packs(by_group.load, num_nodes, strategy, group_key, windows=by_group.windows)
-    first = groups.reshape(num_layers * num_nodes, num_groups // num_nodes, 1) * group_size
-    experts = first + jnp.arange(group_size, dtype=jnp.int32)[None, None]
-    experts = experts.reshape(num_layers * num_nodes, num_experts // num_nodes)
-    # From here a row is a node of a layer, and its experts are numbered as in `experts`.
-    of_node = forecast.map(lambda x: take(jnp.repeat(x, num_nodes, axis=0), experts))
-    replicas = place_in_node(of_node, *counts, strategy, gpu_key)
-    phy2log = along(experts, replicas.phy2log, 1).reshape(-1, topology.num_replicas)
-    rank = replicas.rank.reshape(-1, topology.num_replicas)
-    return Replication(phy2log, rank, count_replicas(phy2log, num_experts))
-
-
-@by_layers
 @partial(jax.jit, static_argnames=("topology", "hierarchical", "strategy"))
 def _limited(
     load: Float[Array, "*T L E"],
@@ -346,9 +278,9 @@ def _limited(
 ) -> Replication:
     """The plan in place, improved within limits.
 
-    With one window, a relabel plan from nothing replaces it where that is better within the
-    same limits. With several, that plan fits the windows better and the next one worse, as the old
-    plan remembers more windows than are given.
+    With one window, a new plan, relabelled, replaces it where that is better within the same
+    limits. With several windows, such a plan would fit them better and the next window worse: the
+    old plan was made from windows before them.
     """
     forecast = forecast_of(load, summed=not strategy.distinct)
     nodes = {"topology": topology, "hierarchical": hierarchical}
@@ -356,7 +288,7 @@ def _limited(
     expert, cost = improve_plan(windows, old.phy2log, max_moves, penalty, **nodes)
     if forecast.windows is None:
         search = topology if hierarchical else Topology(topology.num_gpus, topology.slots)
-        new = _fresh(load, key, topology=search, strategy=strategy)
+        new = fresh_plan(load, key, topology=search, strategy=strategy)
         fresh = relabel(new, old.phy2log, **nodes).phy2log
         moves, fresh_cost = plan_cost(windows, fresh, old.phy2log, penalty, topology=topology)
         better = (moves <= max_moves) & (fresh_cost < cost)
