@@ -14,8 +14,7 @@ from eplb_jax.evaluation.replay import Replay
 
 _LINES = ("#1f77b4", "#2ca02c", "#ff7f0e", "#9467bd", "#17becf", "#8c564b", "#e377c2", "#bcbd22")
 _COLORS = "RdBu_r"
-_MIN_RANGE = 0.05
-"""Minimum half range of the color scale."""
+_MIN_RANGE = 0.05  # minimum half range of the color scale
 
 
 def picture_of_plan(before: Balance, after: Balance) -> Figure:
@@ -27,12 +26,10 @@ def picture_of_plan(before: Balance, after: Balance) -> Figure:
     ratios = [_relative(np.asarray(x.gpu_load)) for x in (before, after)]
     layer = int(np.argmax(ratios[0].max(axis=2).mean(axis=0)))
     one, every = figure.subplots(2, 1)
-    titles = (
-        f"GPUs of layer {layer}, the worst without a balancer",
-        "Most loaded GPU of every layer",
-    )
-    for axes, title, xlabel in zip((one, every), titles, ("GPU", "layer"), strict=True):
-        axes.set(title=title, xlabel=xlabel, ylabel="GPU load / mean GPU")
+    one.set(title=f"GPUs of layer {layer}, the worst without a balancer", xlabel="GPU")
+    every.set(title="Most loaded GPU of every layer", xlabel="layer")
+    for axes in (one, every):
+        axes.set_ylabel("GPU load / mean GPU")
         axes.axhline(1, color="black", linewidth=0.8, zorder=3)
         axes.margins(x=0.01)
     bars = (-0.2, "no balancer", "#b9b9b9"), (0.2, "plan", "#1f77b4")
@@ -102,8 +99,7 @@ def _draw_lines(
         marker = "o" if heights.size == 1 else ""
         (line,) = axes.plot(window + np.arange(heights.size), heights, marker, label=name)
         line.set(linewidth=1.8, **styles.get(name, {}))
-    title = "Max / mean GPU load - 1 in the windows after a plan"
-    axes.set_title(title, fontsize=10, loc="left")
+    axes.set_title("Max / mean GPU load - 1 in the windows after a plan", fontsize=10, loc="left")
     axes.set(ylabel="imbalance, mean over layers", xlabel=time)
     axes.yaxis.set_major_formatter(PercentFormatter(1))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))

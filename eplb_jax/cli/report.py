@@ -84,13 +84,12 @@ def report(
         }
         for name, result in results.items()
     ]
-    return json.dumps(
-        {
-            "versions": {name: version(name) for name in ("eplb-jax", "jax", "numpy")},
-            "device": f"{device.platform} ({device.device_kind})",
-            "arguments": dict(arguments),
-            "shape": list(shape),
-            "windows": measured.tolist(),
-            "results": rows,
-        }
-    )
+    content = {
+        "versions": {name: version(name) for name in ("eplb-jax", "jax", "numpy")},
+        "device": f"{device.platform} ({device.device_kind})",
+        "arguments": dict(arguments),
+        "shape": list(shape),
+        "windows": measured.tolist(),
+        "results": rows,
+    }
+    return json.dumps(content)

@@ -112,8 +112,11 @@ def decide(
     cost = float(np.maximum(sent, received).max(axis=1).sum() / bandwidth)
     layer_bytes = received.sum(axis=1)
     layer_gain = saved.mean(axis=0)
+    doubt = confidence * error if confidence else 0.0
+    least = (1 + margin) * cost / serves
+    action = "apply" if gain - doubt > least else "keep" if gain + doubt <= least else "undecided"
     return Decision(
-        _action(gain, confidence * error if confidence else 0.0, (1 + margin) * cost / serves),
+        action,
         gain,
         error,
         cost,
@@ -122,14 +125,6 @@ def decide(
         layer_bytes,
         np.argsort(-_rate(layer_gain, layer_bytes), kind="stable"),
     )
-
-
-def _action(gain: float, doubt: float, least: float) -> Action:
-    if gain - doubt > least:
-        return "apply"
-    if gain + doubt <= least:
-        return "keep"
-    return "undecided"
 
 
 def _rate(gain: Float[np.ndarray, " L"], size: Int[np.ndarray, " L"]) -> np.ndarray:

@@ -86,21 +86,21 @@ def replay(
     check_topology(topology)
     loads, window = _as_trace(trace, window)
     every = as_count("every", every)
-    placed, gpu_load, moved, seconds, compiling = None, [], [], [], 0.0
+    placed, gpu_load, moved, seconds, compile_seconds = None, [], [], [], 0.0
     for t in range(window, len(loads), every):
         make = partial(planner, loads[t - window : t], placed)
         new, took, compiled = time_plan(make, compiles=len(seconds) < 2)
         seconds.append(took)
-        compiling += compiled
+        compile_seconds += compiled
         gpu_load.append(gpu_loads(loads[t : t + every], new, topology))
         if placed is not None:
             moved.append(np.sum(moves(placed, new, topology).received, axis=1))
         placed = new
-        for _ in gpu_load[-1]:
-            if on_window is not None:
+        if on_window is not None:
+            for _ in gpu_load[-1]:
                 on_window()
     counts = np.asarray(moved, np.int64).reshape(-1, loads.shape[1])
-    return _measure(np.concatenate(gpu_load), counts, np.asarray(seconds), compiling)
+    return _measure(np.concatenate(gpu_load), counts, np.asarray(seconds), compile_seconds)
 
 
 def without_balancer(trace: LoadLike, topology: Topology, *, window: int = 8) -> Replay:
@@ -165,17 +165,13 @@ def time_plan(
 
     A call that compiles is made twice: compilation is what the first one took longer.
     """
-    placement, first = _call(make)
-    if not compiles:
-        return placement, first, 0.0
-    placement, again = _call(make)
-    return placement, again, max(first - again, 0.0)
-
-
-def _call(make: Callable[[], Placement]) -> tuple[Placement, float]:
     start = perf_counter()
     placement = jax.block_until_ready(make())
-    return placement, perf_counter() - start
+    seconds = perf_counter() - start
+    if not compiles:
+        return placement, seconds, 0.0
+    placement, again, _ = time_plan(make, compiles=False)
+    return placement, again, max(seconds - again, 0.0)
 
 
 def _as_trace(trace: LoadLike, window: int) -> tuple[Float[np.ndarray, "T L E"], int]:

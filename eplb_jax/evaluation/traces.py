@@ -13,42 +13,24 @@ from eplb_jax.checks import as_count, as_number, check_divides
 
 Kind = Literal["stationary", "drift", "topics", "bursts"]
 
-_CHANGE = {"drift": 0.1, "topics": 0.1, "bursts": 0.2}
-"""Default of `change`."""
+_CHANGE = {"drift": 0.1, "topics": 0.1, "bursts": 0.2}  # default of `change`
+_MAX_SKEW = 64  # far beyond it each expert's load is negligible beside the next larger one
+_MIN_LOG = -600.0  # minimum log popularity relative to the largest, so that no share is zero
 
-_MOST_SKEW = 64
-"""Maximum skew; far beyond it each expert's load is negligible beside the next larger one."""
+# Bursts: maximum number of experts and of windows, and the range of the factor of the load.
+_BURST_EXPERTS, _BURST_WINDOWS, _BURST_LOAD = 3, 4, (3, 8)
 
-_LEAST_LOG = -600.0
-"""Minimum log popularity relative to the largest, so that no share is zero."""
-
-_TOLERANCE = 0.01
-"""Maximum error of the balancedness; sampling noise makes it jump with the skew."""
-
-_CLOSE = 0.001
-"""Error of the balancedness at which the search stops."""
-
-_SKEWS = (0.0, *np.geomspace(0.5, _MOST_SKEW, 13).tolist())
-"""Skews tried in turn, until one is too large."""
-
+# The search for a skew: skews tried in turn until one is too large; relative width of the bracket
+# at which bisection stops; multiples of the result tried next, as with few tokens the balancedness
+# is not monotone; the error at which the search stops, and the largest accepted.
+_SKEWS = (0.0, *np.geomspace(0.5, _MAX_SKEW, 13).tolist())
 _SKEW_STEP = 0.001
-"""Relative width of the bracket at which bisection stops."""
-
 _NEARBY = np.linspace(0.7, 1.4, 141).tolist()
-"""Multiples of the bisected skew tried next; with few tokens, balancedness is not monotone."""
-
-_BURST_EXPERTS = 3
-"""Maximum number of experts in a burst."""
-
-_BURST_WINDOWS = 4
-"""Maximum number of windows in a burst."""
-
-_BURST_LOAD = (3, 8)
-"""Range of the factor that a burst multiplies a load by."""
+_CLOSE, _TOLERANCE = 0.001, 0.01
 
 
 class _Process(NamedTuple):
-    """What defines the popularities: a mixture over topics, and a shift of their logarithms."""
+    """Popularities: a mixture over topics, and a shift of their logarithms."""
 
     log_popularity: Float[np.ndarray, "topics L E"]
     mixture: Float[np.ndarray, "T topics"]
@@ -124,20 +106,17 @@ def generate(
     if kind not in get_args(Kind):
         known = ", ".join(get_args(Kind))
         raise ValueError(f"kind={kind!r} is not known; choose one of: {known}")
-    shape = (
-        as_count("num_windows", num_windows),
-        as_count("num_layers", num_layers),
-        as_count("num_experts", num_experts),
-    )
-    top_k = as_count("top_k", top_k)
-    if top_k > shape[2]:
-        raise ValueError(f"top_k={top_k} is more than num_experts={shape[2]}; nearest: {shape[2]}")
-    tokens, most = as_count("tokens", tokens), (1 << 53) // top_k
-    if tokens > most:
+    experts = as_count("num_experts", num_experts)
+    shape = as_count("num_windows", num_windows), as_count("num_layers", num_layers), experts
+    top_k, tokens = as_count("top_k", top_k), as_count("tokens", tokens)
+    if top_k > experts:
+        raise ValueError(f"top_k={top_k} is more than num_experts={experts}; nearest: {experts}")
+    if tokens * top_k > 2**53:
+        most = 2**53 // top_k
         raise ValueError(f"tokens={tokens} is more than {most}; nearest: {most}")
-    num_gpus = shape[2] if num_gpus is None else as_count("num_gpus", num_gpus)
-    check_divides("num_gpus", num_gpus, "num_experts", shape[2])
-    skew = _number("skew", skew, 0, _MOST_SKEW)
+    num_gpus = experts if num_gpus is None else as_count("num_gpus", num_gpus)
+    check_divides("num_gpus", num_gpus, "num_experts", experts)
+    skew = _number("skew", skew, 0, _MAX_SKEW)
     topics = as_count("topics", topics)
     change = _change(kind, change)
     draws, sampling = np.random.SeedSequence(as_count("seed", seed, least=0)).spawn(2)
@@ -154,7 +133,7 @@ def generate(
 
 def _number(name: str, value: SupportsFloat, least: float, most: float) -> float:
     number = as_number(name, value)
-    if not least <= number <= most:  # as NaN is not
+    if not least <= number <= most:
         nearest = min(most, max(least, number))
         raise ValueError(f"{name}={number} is not from {least} to {most}; nearest: {nearest}")
     return number
@@ -167,7 +146,7 @@ def _change(kind: Kind, change: SupportsFloat | None) -> float:
         return 0.0
     if change is None:
         return _CHANGE[kind]
-    return _number("change", change, 0, _MOST_SKEW if kind == "drift" else 1)
+    return _number("change", change, 0, _MAX_SKEW if kind == "drift" else 1)
 
 
 def _process(
@@ -217,14 +196,13 @@ def _bursts(
 
 
 def _share(process: _Process, skew: float, top_k: int) -> Float[np.ndarray, "T L E"]:
-    """The expected share of every expert in the load of its layer."""
     log = skew * process.log_popularity + process.shift[:, None]
     return np.sum(process.mixture[:, :, None, None] * _capped_shares(log, top_k), axis=1)
 
 
 def _capped_shares(log: Float[np.ndarray, "... E"], top_k: int) -> Float[np.ndarray, "... E"]:
     """Shares in proportion to popularity, capped at 1 / top_k."""
-    popularity = np.exp(np.maximum(log - log.max(axis=-1, keepdims=True), _LEAST_LOG))
+    popularity = np.exp(np.maximum(log - log.max(axis=-1, keepdims=True), _MIN_LOG))
     ascending = np.sort(popularity, axis=-1)
     # The sum of the i-th most popular and all less popular experts, smallest first for accuracy.
     rest = np.cumsum(ascending, axis=-1)[..., ::-1]
@@ -258,7 +236,6 @@ def _with_balancedness(
     reached: dict[float, float] = {}
 
     def exceeds(skew: float) -> bool:
-        """Whether this skew is more balanced than the target."""
         reached[skew] = balancedness_of(trace(skew), num_gpus)
         return reached[skew] > target
 

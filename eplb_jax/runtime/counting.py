@@ -177,7 +177,7 @@ def init_history(num_windows: int, num_layers: int, num_experts: int) -> LoadHis
     num_windows = as_count("num_windows", num_windows)
     shape = as_count("num_layers", num_layers), as_count("num_experts", num_experts)
     windows = jnp.zeros((num_windows, *shape), jnp.float32)
-    # Separate arrays, so that a caller can donate all of them.
+    # Two arrays, so that a caller can donate both.
     current, rest = (jnp.zeros(shape, jnp.float32) for _ in range(2))
     return LoadHistory(windows, current, rest, jnp.zeros((), jnp.int32))
 

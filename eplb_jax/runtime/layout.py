@@ -17,13 +17,7 @@ from eplb_jax.types import AxisName, Placement
 
 
 class Layout(NamedTuple):
-    """The sharding of a list of leaves; hashable, a static argument.
-
-    Attributes:
-        mesh: The devices.
-        axis_name: The mesh axes over which rows are sharded.
-        specs: The sharding of every leaf.
-    """
+    """The mesh, the axes over which rows are sharded, and the sharding of every leaf; hashable."""
 
     mesh: Mesh | AbstractMesh
     axis_name: AxisName
@@ -45,26 +39,18 @@ def layout_of(
     *,
     logical: bool = False,
 ) -> Layout:
-    """The layout of an argument of this name, with a row for every slot, or logical expert.
-
-    Raises:
-        ValueError: A leaf has another number of rows, they are not sharded over `axis_name`, or its
-            layers are sharded; the mesh has no such axis, or its size does not divide the slots.
-    """
+    """The checked layout of an argument with a row for every slot, or logical expert."""
     names = _names(axis_name)
     for axis in names:
         if axis not in mesh.shape:
             raise ValueError(f"axis_name={axis!r} is not an axis of the mesh: {mesh.axis_names}")
     shape = (placement.logcnt if logical else placement.phy2log).shape
     rows = len(shape) - 1
-    empty = jax.tree.map(
-        lambda x: PartitionSpec() if x is None else x, specs, is_leaf=lambda x: x is None
-    )
-    given = jax.tree.broadcast(empty, tree, is_leaf=_is_spec)
+    # None, for all or below a node, is `PartitionSpec()`; `jax.tree` would drop it.
+    specs = jax.tree.map(lambda x: x or PartitionSpec(), specs, is_leaf=_is_spec)
+    given = jax.tree.leaves(jax.tree.broadcast(specs, tree, is_leaf=_is_spec), is_leaf=_is_spec)
     resolved = []
-    for (path, leaf), spec in zip(
-        jax.tree.leaves_with_path(tree), jax.tree.leaves(given, is_leaf=_is_spec), strict=True
-    ):
+    for (path, leaf), spec in zip(jax.tree.leaves_with_path(tree), given, strict=True):
         title = name + keystr(path)
         if leaf.shape[: len(shape)] != shape:
             raise ValueError(
@@ -95,7 +81,7 @@ def _names(axis_name: Any) -> tuple[str, ...]:
 
 
 def _is_spec(value: Any) -> bool:
-    return isinstance(value, PartitionSpec)
+    return value is None or isinstance(value, PartitionSpec)
 
 
 def _spec_on(mesh: Mesh | AbstractMesh, leaf: Array | np.ndarray) -> PartitionSpec:

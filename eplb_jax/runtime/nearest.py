@@ -65,12 +65,9 @@ def _nearest(
             near = held & (same_node[gpu] | far)[None]
             taken = jnp.where(near, chosen.clients * num_gpus + number, _NEVER)
             best = jnp.argmin(taken, axis=1).astype(jnp.int32)
-            clients = chosen.clients + (mine[:, None] & (gpus[None] == best[:, None])).astype(
-                jnp.int32
-            )
-            return _Chosen(
-                clients, chosen.to.at[:, gpu].set(jnp.where(mine, best, chosen.to[:, gpu]))
-            )
+            to = chosen.to.at[:, gpu].set(jnp.where(mine, best, chosen.to[:, gpu]))
+            client = mine[:, None] & (gpus[None] == best[:, None])
+            return _Chosen(chosen.clients + client.astype(jnp.int32), to)
 
         start = _Chosen(held.astype(jnp.int32), jnp.broadcast_to(gpus[None], held.shape))
         to = lax.fori_loop(0, 2 * num_gpus, choose, start).to

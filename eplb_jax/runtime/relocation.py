@@ -8,6 +8,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Int32, PyTree
 
@@ -41,10 +42,9 @@ def relocate(
 
     Every slot gets the row of the expert that `new` puts there, bit for bit, in all leaves: give
     the optimizer's state together with the weights. Rows that stay on their device are copied
-    there. Others go by two all-to-alls of one row per device and round, in as many rounds as the
-    busiest device has rows to send and to receive; at most 2 (G - 1) / G rows leave a device per
-    round, and no table is gathered. Layers that do not change are not touched. A new plan compiles
-    nothing. Extra memory: three tables of one layer, over all leaves.
+    there; others go by all-to-alls of one row per device, two for each row that the busiest device
+    sends or receives. No table is gathered, and layers that do not change are not touched. A new
+    plan compiles nothing. Extra memory: three tables of one layer, over all leaves.
 
     Put the first plan on the mesh, ``jax.device_put(plan, NamedSharding(mesh, PartitionSpec()))``,
     as the returned one is, or the second call compiles again. To spread the work over steps, move
@@ -61,9 +61,8 @@ def relocate(
         specs: The `PartitionSpec` of every leaf, or of all leaves below a node of the tree. None:
             that of the array on this mesh where it is known, else slots over `axis_name` and
             nothing else sharded.
-        ragged: Send rows from slot to slot by one ragged all-to-all: exactly the rows that
-            `eplb_jax.moves` lists, between the GPUs that it lists. For GPUs and TPUs; untested on
-            real hardware, as XLA has no such operation on CPUs.
+        ragged: Send exactly the rows that `eplb_jax.moves` lists, by one ragged all-to-all. For
+            GPUs and TPUs; untested on real hardware, as XLA has no such operation on CPUs.
         num_nodes: N, for ragged: a row comes from its own node where that has the expert.
 
     Returns:
@@ -113,8 +112,7 @@ def select_layers(
 ) -> Placement:
     """The plan that is `new` in some layers and `old` in the others.
 
-    To move a few layers per step, in the order that `decide` gives: ``relocate(params, plan,
-    select_layers(plan, new, chosen), mesh)``.
+    `relocate` to it moves a few layers per step; `decide` says which are worth moving first.
 
     Args:
         old: The plan in place, or its phy2log, [L, R] or [R].
@@ -166,61 +164,43 @@ def to_slots(
         [[0, 10, 20, 0]]
     """
     leaves, tree = jax.tree.flatten(logical)
-    plan = as_placement(placement, "placement", _num_experts(placement, leaves))
+    num_experts = None  # of a plan; for a map, by the leaves
+    if leaves and not isinstance(placement, Placement):
+        num_experts = leaves[0].shape[max(np.ndim(placement) - 1, 0)]  # pyright: ignore[reportArgumentType]
+    plan = as_placement(placement, "placement", num_experts)
     layout = layout_of(logical, plan, mesh, axis_name, specs, "logical", logical=True)
-    on_host = [isinstance(x, np.ndarray) and is_concrete(plan.phy2log) for x in leaves]
-    pairs = list(zip(leaves, layout.specs, strict=True))
-    others = [x for x, y in zip(pairs, on_host, strict=True) if not y]
-    sent = iter(_expand([x for x, _ in others], plan, _of_specs(layout, [y for _, y in others])))
-    rows = np.asarray(plan.phy2log) if any(on_host) else None
+    rows = np.asarray(plan.phy2log) if is_concrete(plan.phy2log) else None
     return tree.unflatten(
-        next(sent) if rows is None or not host else read_rows(leaf, rows, layout, spec)
-        for (leaf, spec), host in zip(pairs, on_host, strict=True)
+        read_rows(leaf, rows, layout, spec)
+        if isinstance(leaf, np.ndarray) and rows is not None
+        else _expand(jnp.asarray(leaf), plan, layout._replace(specs=(spec,)))
+        for leaf, spec in zip(leaves, layout.specs, strict=True)
     )
 
 
-def _num_experts(placement: Placement | LoadLike, leaves: list) -> int | None:
-    """E by the leaves, for a map without it."""
-    if isinstance(placement, Placement) or not leaves:
-        return None
-    return leaves[0].shape[max(np.ndim(placement) - 1, 0)]  # pyright: ignore[reportArgumentType]
-
-
-def _of_specs(layout: Layout, specs: list[PartitionSpec]) -> Layout:
-    return layout._replace(specs=tuple(specs))
-
-
-def _expand(leaves: list, plan: Placement, layout: Layout) -> list[Array]:
-    """Rows of logical tables in slot order; backwards, sums over the slots of an expert."""
-    rows, experts = plan.logcnt.ndim - 1, _experts(plan, layout)
+def _expand(leaf: Array, plan: Placement, layout: Layout) -> Array:
+    """Rows of a logical table in slot order; backwards, sums over the slots of an expert."""
+    axis, experts = plan.logcnt.ndim - 1, _experts(plan, layout)
     num_experts = experts.shape[-1]
-
-    def pad(leaf: Array, spec: PartitionSpec) -> Array:
-        leaf = jnp.asarray(leaf)
-        missing = [(0, 0)] * leaf.ndim
-        missing[rows] = (0, num_experts - leaf.shape[rows])
-        return put(jnp.pad(leaf, missing), layout, spec)
-
-    inexact = [jnp.issubdtype(x.dtype, jnp.inexact) for x in leaves]
-    of_floats = [x for x, y in zip(layout.specs, inexact, strict=True) if y]
+    every = np.ones(plan.logcnt.shape[:-1], bool)
 
     @jax.custom_vjp
-    def copy(leaves: list[Array], plan: Placement) -> list[Array]:
-        every = jnp.ones(plan.logcnt.shape[:-1], bool)
-        return transport(leaves, layout, experts, plan.phy2log, every, num_experts)
+    def copy(leaf: Array, phy2log: Array) -> Array:
+        return transport([leaf], layout, experts, phy2log, every, num_experts)[0]
 
-    def forward(leaves: list[Array], plan: Placement) -> tuple[list[Array], Placement]:
-        return copy(leaves, plan), plan
+    def forward(leaf: Array, phy2log: Array) -> tuple[Array, Array]:
+        return copy(leaf, phy2log), phy2log
 
-    def backward(plan: Placement, grads: list[Array]) -> tuple[list[Array | None], None]:
-        floats = [x for x, y in zip(grads, inexact, strict=True) if y]
-        every = jnp.ones(plan.logcnt.shape[:-1], bool)
-        maps = plan.phy2log, experts, every, num_experts
-        sums = iter(transport(floats, _of_specs(layout, of_floats), *maps, add=True))
-        return [next(sums) if y else None for y in inexact], None
+    def backward(phy2log: Array, grad: Array) -> tuple[Array | None, None]:
+        if not jnp.issubdtype(leaf.dtype, jnp.inexact):
+            return None, None
+        sums = transport([grad], layout, phy2log, experts, every, num_experts, add=True)
+        return sums[0], None
 
     copy.defvjp(forward, backward)
-    return copy([pad(x, y) for x, y in zip(leaves, layout.specs, strict=True)], plan)
+    missing = [(0, 0)] * leaf.ndim
+    missing[axis] = (0, num_experts - leaf.shape[axis])
+    return copy(put(jnp.pad(leaf, missing), layout, layout.specs[0]), plan.phy2log)
 
 
 def to_logical(
@@ -244,14 +224,14 @@ def to_logical(
     """
     plan = as_placement(placement, "placement")
     layout = layout_of(params, plan, mesh, axis_name, specs, "params")
-    rows, experts = plan.logcnt.ndim - 1, _experts(plan, layout)
-    every, num_experts = jnp.ones(plan.logcnt.shape[:-1], bool), plan.logcnt.shape[-1]
+    axis, experts = plan.logcnt.ndim - 1, _experts(plan, layout)
+    every, num_experts = np.ones(plan.logcnt.shape[:-1], bool), plan.logcnt.shape[-1]
     leaves, tree = jax.tree.flatten(params)
     leaves = transport(leaves, layout, plan.phy2log, experts, every, experts.shape[-1])
     if experts.shape[-1] > num_experts:
-        whole = [PartitionSpec(*x[:rows], None, *x[rows + 1 :]) for x in layout.specs]
+        whole = [PartitionSpec(*x[:axis], None, *x[axis + 1 :]) for x in layout.specs]
         leaves = [put(x, layout, y) for x, y in zip(leaves, whole, strict=True)]
-        leaves = [x[(slice(None),) * rows + (slice(num_experts),)] for x in leaves]
+        leaves = [lax.slice_in_dim(x, 0, num_experts, axis=axis) for x in leaves]
     return tree.unflatten(leaves)
 
 

@@ -97,16 +97,17 @@ def to_physical(
     if choice == "shares" and shares is not None and shares.shape != (num_slots,):
         raise ValueError(f"shares has the shape {shares.shape}, but there are {num_slots} slots")
     if choice == "nearest" and table is not None:
-        shape = table.shape
-        if len(shape) != 2 or shape[0] != num_experts:
-            raise ValueError(f"table has the shape {shape}, not [{num_experts}, GPUs] of a layer")
-        if isinstance(gpu, int) and not 0 <= gpu < shape[1]:
-            raise ValueError(f"gpu={gpu} is not one of {shape[1]} GPUs; nearest: {shape[1] - 1}")
-    layer = Placement(*(jnp.asarray(x) for x in layer))
+        if table.ndim != 2 or table.shape[0] != num_experts:
+            raise ValueError(
+                f"table has the shape {table.shape}, not [{num_experts}, GPUs] of a layer"
+            )
+        last = table.shape[1] - 1
+        if isinstance(gpu, int) and not 0 <= gpu <= last:
+            raise ValueError(f"gpu={gpu} is not one of {last + 1} GPUs; nearest: {last}")
     ids = as_ids(ids)
     if ids.ndim < 2:
         raise ValueError(f"ids must have the shape [tokens, k], got {ids.shape}")
-
+    layer = Placement(*(jnp.asarray(x) for x in layer))
     slots = partial(_slots, choice=choice, axis_name=axis_name)
     return under_auto(slots, spec_of(ids), ids, layer, given)
 
@@ -134,10 +135,11 @@ def _slots(
             drawn = (drawn * count.astype(jnp.float32)).astype(jnp.int32)
             replica = jnp.minimum(drawn, count - 1)
         else:
-            tokens = ids.shape[:-1]
-            number = jnp.arange(math.prod(tokens), dtype=jnp.int32).reshape(*tokens, 1)
             if choice == "round_robin":
                 number = _numbers(ids, layer.logcnt.shape[0], axis_name)
+            else:
+                tokens = ids.shape[:-1]
+                number = jnp.arange(math.prod(tokens), dtype=jnp.int32).reshape(*tokens, 1)
             replica = (number + (0 if given["gpu"] is None else given["gpu"])) % count
         slot = layer.log2phy[expert, replica]
     return jnp.where(live, slot, -1)
@@ -197,7 +199,7 @@ def _by_shares(
     shares: Float[Array, " R"],
     axis_name: AxisName | None,
 ) -> Int32[Array, "... k"]:
-    """Slots by shares: every slot takes a range of the tokens of its expert, in order."""
+    """Every slot takes a range of the tokens of its expert, in order."""
     num_slots = layer.phy2log.shape[0]
     order = _sort(ids, layer.logcnt.shape[0])
     before, total = _counts_over(order.load, axis_name)

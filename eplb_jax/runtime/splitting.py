@@ -85,16 +85,10 @@ def _split_load(
 
 
 class _Descent(NamedTuple):
-    """Loads of the slots whose share can vary, in units of the mean GPU load.
+    """Loads of the slots whose share can vary, in units of the mean GPU load."""
 
-    Attributes:
-        age: Steps since the last restart of momentum.
-        ahead: The point at which the next gradient is taken.
-        now: The iterate.
-    """
-
-    age: Float[Array, ""]
-    ahead: Float[Array, " m"]
+    age: Float[Array, ""]  # steps since momentum was restarted
+    ahead: Float[Array, " m"]  # where the next gradient is taken
     now: Float[Array, " m"]
 
 
@@ -157,13 +151,12 @@ def _split_of_layer(
 def _sums_by(key: Int32[Array, " m"], num_keys: int) -> Callable[[Array], Array]:
     """A function of values that gives every entry the sum over all entries of its key."""
 
-    def scattered(values: Float[Array, " m"]) -> Float[Array, " m"]:
-        return (
-            jnp.zeros(num_keys + 1, values.dtype).at[key].add(values, mode="promise_in_bounds")[key]
-        )
+    def scatter(values: Float[Array, " m"]) -> Float[Array, " m"]:
+        empty = jnp.zeros(num_keys + 1, values.dtype)
+        return empty.at[key].add(values, mode="promise_in_bounds")[key]
 
-    def compared(values: Float[Array, " m"]) -> Float[Array, " m"]:
+    def compare(values: Float[Array, " m"]) -> Float[Array, " m"]:
         return jnp.sum(jnp.where(key[:, None] == key[None], values[None], 0), axis=1)
 
     # A scatter adds in any order on a GPU; comparing all pairs is deterministic.
-    return lambda values: lax.platform_dependent(values, cpu=scattered, default=compared)
+    return lambda values: lax.platform_dependent(values, cpu=scatter, default=compare)

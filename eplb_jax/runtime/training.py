@@ -23,11 +23,10 @@ def sum_replicas(
 ) -> PyTree[Array]:
     """Gradients in which every slot has the gradient of its expert: the sum over its slots.
 
-    Each replica has seen other tokens. Call it before gradients are clipped or used. Sums are
-    formed once, in float32 or wider, and copied, so an optimizer that treats all slots alike keeps
-    the weights and moments of replicas equal bit for bit. Rows are exchanged as in `relocate`, in
-    as many rounds as the busiest device has slots of experts with replicas; gradients of other
-    experts are not sent. Not differentiable.
+    Each replica has a gradient from its own tokens. Call it before gradients are clipped or used.
+    Sums are formed once, in float32 or wider, and copied, so an optimizer that treats all slots
+    alike keeps the weights and moments of replicas equal bit for bit. Only gradients of experts
+    with replicas are exchanged, as in `relocate`. Not differentiable.
 
     Args:
         grads: Leaves [L, R, ...] or, for the plan of one layer, [R, ...], as in `relocate`.

@@ -36,7 +36,7 @@ def transport(
     layout: Layout,
     held: Int32[Array | np.ndarray, "*L S"],
     wanted: Int32[Array | np.ndarray, "*L Z"],
-    changes: Bool[Array, "*L"],
+    changes: Bool[Array | np.ndarray, "*L"],
     num_experts: int,
     *,
     source: Int32[Array, "*L Z"] | None = None,
@@ -44,18 +44,10 @@ def transport(
 ) -> list[Array]:
     """Tables [*L, Z, ...] of the wanted rows, from tables [*L, S, ...] of the rows held.
 
-    Layers are exchanged one after the other, each in place where S = Z.
-
-    Args:
-        leaves: The tables.
-        layout: How they are sharded, before and after.
-        held: The expert of every row.
-        wanted: The expert of every row of the result.
-        changes: False for layers to skip; if S and Z differ, all must be True.
-        num_experts: E.
-        source: The row that every wanted row is copied from, by a ragged all-to-all. None: two
-            hops.
-        add: Every wanted row is the sum of all rows of its expert, not a copy of one.
+    Layers are exchanged one after the other, each in place where S = Z. Maps have the expert of
+    every row. Layers without `changes` are skipped; if S and Z differ, all must change. `source`
+    is the row to copy from, by a ragged all-to-all; None: two hops. With `add`, every wanted row is
+    the sum of all rows of its expert.
     """
     maps = (put(x, layout, PartitionSpec()) for x in (held, wanted, changes))
     source = None if source is None else put(source, layout, PartitionSpec())
@@ -115,14 +107,10 @@ def _transport(
 
 
 class Route(NamedTuple):
-    """The rows that every device keeps, sends and receives; lists are padded with `NONE`.
+    """The rows that every device keeps, sends and receives.
 
-    Attributes:
-        held: The expert of every slot before.
-        wanted: The expert of every slot after.
-        local: For every slot after, the slot of the same device to copy from.
-        send: The slots whose rows a device sends, round by round.
-        receive: The slots whose rows a device receives, round by round.
+    The expert of every slot before and after; for every slot after, the slot of the same device to
+    copy from; and the slots that a device sends and receives, round by round, then `NONE`.
     """
 
     held: Int32[Array, "G s"]
@@ -134,10 +122,8 @@ class Route(NamedTuple):
     @property
     def rounds(self) -> tuple[Array, Array]:
         """Number of rounds of sending and of receiving, int32."""
-        send, receive = (
-            jnp.max(jnp.sum(x != NONE, axis=1, dtype=jnp.int32)) for x in (self.send, self.receive)
-        )
-        return send, receive
+        send, receive = (jnp.sum(x != NONE, axis=1, dtype=jnp.int32) for x in self[3:])
+        return jnp.max(send), jnp.max(receive)
 
 
 def route_of(
