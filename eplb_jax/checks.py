@@ -54,11 +54,14 @@ def as_load(
         raise ValueError(f"{name} must have the shape {wanted}, got {array.shape}")
     with np.errstate(over="ignore"):
         load = array.astype(np.float32)
-    if check and not isinstance(load, Tracer) and not jax.device_get(_is_valid(load)):
+    if not check or isinstance(load, Tracer):
+        return load
+    valid = _valid(load).all() if isinstance(load, np.ndarray) else _all_valid(load)
+    if not jax.device_get(valid):
         if not is_concrete(load):
             raise ValueError(f"{name} holds loads that are NaN, infinite or negative")
         bad = np.asarray(jax.device_get(load))
-        place = tuple(np.argwhere(~(np.isfinite(bad) & (bad >= 0)))[0])
+        place = tuple(np.argwhere(~_valid(bad))[0])
         where = ", ".join(f"{axis} {i}" for axis, i in zip(named, place, strict=True))
         raise ValueError(
             f"{name} at {where} is {bad[place]}; loads must be finite and not negative"
@@ -136,29 +139,31 @@ def check_complete(experts: Int32[Array, "*L R"], num_experts: int, name: str) -
         raise ValueError(f"{name} has no slot for expert {expert}{where}")
 
 
-def as_limit(name: str, value: SupportsIndex | Array) -> Int32[Array, ""]:
-    """A nonnegative integer as an int32, or the integer of a trace as it is."""
-    if isinstance(value, Tracer):
-        return value.astype(jnp.int32)
-    count = _integer(name, value)
-    if count < 0:
-        raise ValueError(f"{name}={count} is negative; nearest: 0")
-    return jnp.asarray(min(count, np.iinfo(np.int32).max), jnp.int32)
+def _to_numpy(value: LoadLike, name: str) -> np.ndarray:
+    try:
+        return np.asarray(value)
+    except ValueError as error:
+        raise ValueError(f"{name} is not a rectangular array: {error}") from error
 
 
-def as_penalty(name: str, value: float | Array) -> Float[Array, ""]:
-    """`as_amount` as a float32, or the number of a trace as it is."""
-    if isinstance(value, Tracer):
-        return value.astype(jnp.float32)
-    return jnp.asarray(as_amount(name, value), jnp.float32)
+@jax.jit
+def _all_valid(load: Array) -> Array:
+    return jnp.all(_valid(load))
 
 
-def as_amount(name: str, value: SupportsFloat) -> float:
-    """A finite, nonnegative number."""
-    number = as_number(name, value)
-    if not 0 <= number <= np.finfo(np.float32).max:
-        raise ValueError(f"{name}={number} must be finite and not negative; nearest: 0")
-    return number
+def _valid(load: Any) -> Any:
+    return (load >= 0) & (load < np.inf)
+
+
+def as_count(name: str, value: SupportsIndex, least: int = 1) -> int:
+    """An integer of at least 1, or `least`."""
+    try:
+        count = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an integer, got {value!r}") from None
+    if count < least:
+        raise ValueError(f"{name}={count} is less than {least}; nearest: {least}")
+    return count
 
 
 def as_number(name: str, value: SupportsFloat) -> float:
@@ -169,37 +174,24 @@ def as_number(name: str, value: SupportsFloat) -> float:
         raise TypeError(f"{name} must be a number, got {value!r}") from None
 
 
-def _to_numpy(value: LoadLike, name: str) -> np.ndarray:
-    try:
-        return np.asarray(value)
-    except ValueError as error:
-        raise ValueError(f"{name} is not a rectangular array: {error}") from error
+def as_amount(name: str, value: SupportsFloat) -> float:
+    """A finite, nonnegative number."""
+    number = as_number(name, value)
+    if not 0 <= number <= np.finfo(np.float32).max:
+        raise ValueError(f"{name}={number} must be finite and not negative; nearest: 0")
+    return number
 
 
-def _is_valid(load: Array | np.ndarray) -> Array | np.bool_:
-    if isinstance(load, np.ndarray):
-        return np.all(np.isfinite(load) & (load >= 0))
-    return _all_valid(load)
+def as_limit(name: str, value: SupportsIndex | Array) -> Int32[Array, ""]:
+    """`as_count` from 0 as an int32; a traced value is not checked."""
+    if not isinstance(value, Tracer):
+        value = min(as_count(name, value, least=0), np.iinfo(np.int32).max)
+    return jnp.asarray(value, jnp.int32)
 
 
-@jax.jit
-def _all_valid(load: Array) -> Array:
-    return jnp.all(jnp.isfinite(load) & (load >= 0))
-
-
-def as_count(name: str, value: SupportsIndex, least: int = 1) -> int:
-    """An integer of at least 1, or `least`."""
-    count = _integer(name, value)
-    if count < least:
-        raise ValueError(f"{name}={count} is less than {least}; nearest: {least}")
-    return count
-
-
-def _integer(name: str, value: SupportsIndex) -> int:
-    try:
-        return operator.index(value)
-    except TypeError:
-        raise TypeError(f"{name} must be an integer, got {value!r}") from None
+def as_penalty(name: str, value: float | Array) -> Float[Array, ""]:
+    """`as_amount` as a float32; a traced value is not checked."""
+    return jnp.asarray(value if isinstance(value, Tracer) else as_amount(name, value), jnp.float32)
 
 
 def check_divides(

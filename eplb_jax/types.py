@@ -74,10 +74,8 @@ class Topology:
             >>> Topology.of_replicas(288, 32)
             Topology(num_gpus=32, slots=9, num_nodes=1, num_groups=1)
         """
-        num_replicas, num_gpus = (
-            as_count("num_replicas", num_replicas),
-            as_count("num_gpus", num_gpus),
-        )
+        num_gpus = as_count("num_gpus", num_gpus)
+        num_replicas = as_count("num_replicas", num_replicas)
         check_multiple("num_replicas", num_replicas, "num_gpus", num_gpus)
         return cls(num_gpus, num_replicas // num_gpus, num_nodes, num_groups)
 
@@ -123,11 +121,10 @@ class Packing(NamedTuple):
 
 
 class Replication(NamedTuple):
-    """The expert of every physical replica.
+    """The expert of every replica, its rank from 0 among those of its expert, and their number.
 
-    ``rank`` numbers the replicas of one expert from 0; ``logcnt`` is how many there are. Replicas
-    are in the order in which they were assigned (`replicate_experts`) or in the order of their
-    slots (`plan_replicas`).
+    Replicas are in the order in which they were assigned (`replicate_experts`) or in the order of
+    their slots (`plan_replicas`).
     """
 
     phy2log: Int32[Array, "*L R"]

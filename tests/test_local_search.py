@@ -227,7 +227,7 @@ def test_a_change_gains_what_it_says(hierarchical):
     [
         ({"max_moves": 3}, "max_moves needs previous, the plan in place, got None"),
         ({"move_penalty": 0.1}, "move_penalty needs previous"),
-        ({"max_moves": -1}, "max_moves=-1 is negative; nearest: 0"),
+        ({"max_moves": -1}, "max_moves=-1 is less than 0; nearest: 0"),
         ({"move_penalty": float("nan")}, "move_penalty=nan must be finite"),
     ],
 )

@@ -18,7 +18,6 @@ from eplb_jax.types import Topology, check_experts, check_topology
 _HALVINGS = 20
 """Bisection steps."""
 
-
 _A_LITTLE_LESS = 1 - 1e-6
 """Factor of replica counts before they are rounded up, so that rounding errors add none."""
 

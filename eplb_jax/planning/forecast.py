@@ -75,9 +75,9 @@ def forecast(windows: Float[Array, "L T E"]) -> Forecast:
     predicted the past windows with the least sum of absolute errors. With r the ratio of the plain
     mean's error to that, its weight is min(_TRUST (r^2 - 1), _MOST_TRUST) windows per window.
     """
-    share, visible = _shares(windows)
-    count = jnp.sum(visible, axis=1, dtype=jnp.int32)
-    predicted, trust = _predict(share, visible)
+    share, nonzero = _shares(windows)
+    count = jnp.sum(nonzero, axis=1, dtype=jnp.int32)
+    predicted, trust = _predict(share, nonzero)
     mean = jnp.sum(share, axis=1, dtype=jnp.int32) // jnp.maximum(count, 1)
     load = (_PARTS * mean + trust * predicted) // (_PARTS + trust)
     above = jnp.maximum(jnp.max(share, axis=1) - load, 0).astype(jnp.float32)
@@ -93,11 +93,11 @@ def _shares(windows: Float[Array, "L T E"]) -> tuple[Int32[Array, "L T E"], Bool
     """Every window in units of 1 / `_TOTAL` of its load, and whether it has any load."""
     num_experts = windows.shape[2]
     largest = jnp.max(windows, axis=2, keepdims=True)
-    visible = largest > 0
-    units = fixed_point(windows / jnp.where(visible, largest, 1), num_experts, 30)
+    nonzero = largest > 0
+    units = fixed_point(windows / jnp.where(nonzero, largest, 1), num_experts, 30)
     total = jnp.sum(units, axis=2, keepdims=True, dtype=jnp.int32).astype(jnp.float32)
-    share = units.astype(jnp.float32) / jnp.where(visible, total, 1) * _TOTAL
-    return share.astype(jnp.int32), visible
+    share = units.astype(jnp.float32) / jnp.where(nonzero, total, 1) * _TOTAL
+    return share.astype(jnp.int32), nonzero
 
 
 class _Means(NamedTuple):
@@ -110,7 +110,7 @@ class _Means(NamedTuple):
 
 
 def _predict(
-    share: Int32[Array, "L T E"], visible: Bool[Array, "L T 1"]
+    share: Int32[Array, "L T E"], nonzero: Bool[Array, "L T 1"]
 ) -> tuple[Int32[Array, "L E"], Int32[Array, "L 1"]]:
     """The prediction of each layer, and its weight in 1 / `_PARTS` of that of the windows."""
     gains = jnp.asarray(_GAINS[1:], jnp.int32)[:, None, None]
@@ -132,10 +132,10 @@ def _predict(
     start = _Means(
         first,
         jnp.broadcast_to(first, (len(gains), *first.shape)),
-        visible[:, 0].astype(jnp.int32),
+        nonzero[:, 0].astype(jnp.int32),
         jnp.zeros((len(_GAINS), share.shape[0]), jnp.int32),
     )
-    rest = jnp.moveaxis(share[:, 1:], 1, 0), jnp.moveaxis(visible[:, 1:], 1, 0)
+    rest = jnp.moveaxis(share[:, 1:], 1, 0), jnp.moveaxis(nonzero[:, 1:], 1, 0)
     (mean, means, _, error), _ = lax.scan(step, start, rest)
     state = jnp.concatenate([mean[None], means])
     best = jnp.argmin(error, axis=0).astype(jnp.int32)

@@ -25,6 +25,7 @@ class CompiledPlan:
         topology: What plans are made for.
         with_previous: Whether a call takes the plan in place.
         executable: What was compiled; it has `cost_analysis` and `memory_analysis`.
+        sharding: Of the loads; None: JAX's default device.
     """
 
     shape: tuple[int, ...]
@@ -67,9 +68,9 @@ class CompiledPlan:
         arguments = [jax.device_put(array, self.sharding)]
         if previous is not None:
             old = as_placement(previous, "previous", self.shape[-1])
-            for x, y in zip(old, _shapes(self.shape, self.topology), strict=True):
-                if x.shape != y:
-                    raise ValueError(f"previous must have maps of the shape {y}, got {x.shape}")
+            got, wanted = tuple(x.shape for x in old), _shapes(self.shape, self.topology)
+            if got != wanted:
+                raise ValueError(f"previous must have maps of the shapes {wanted}, got {got}")
             arguments.append(jax.device_put(old, _by_layer(self.sharding)))
         return self.executable(*arguments)
 
@@ -86,22 +87,21 @@ def precompile(
     move_penalty: float | None = None,
     sharding: jax.sharding.Sharding | None = None,
 ) -> CompiledPlan:
-    """Compile `plan` for loads of one shape, before the first of them is there.
+    """Compile `plan` for loads of one shape, before there are any.
 
     The whole plan is one executable. With JAX's persistent compilation cache
     (``jax.config.update("jax_compilation_cache_dir", path)``) a later process reads it from there.
 
     Args:
-        shape: (L, E), or (T, L, E), of the loads to come.
-        topology: As of `plan`, and so are all that follow but the last.
+        shape: (L, E) or (T, L, E): the shape of the loads.
+        topology: As of `plan`, like policy, strategy and key.
         policy: "auto", "global" or "hierarchical".
         strategy: A name or a `Strategy`.
         key: For strategies that draw at random.
-        with_previous: Whether calls take the plan in place.
-        max_moves: Per layer, the maximum number of moves; with `with_previous`.
-        move_penalty: Imbalance that a move must gain; with `with_previous`.
-        sharding: Where the loads will be, for instance layers over a mesh; None: JAX's default
-            device.
+        with_previous: Whether calls take the plan in place; needed for the two limits.
+        max_moves: Per layer, the maximum number of moves.
+        move_penalty: Imbalance that a move must gain.
+        sharding: Of the loads, for instance layers over a mesh; None: JAX's default device.
 
     Returns:
         A function of loads, and of the plan in place, that returns a `Placement`.
@@ -119,11 +119,11 @@ def precompile(
     if len(axes) not in (2, 3):
         raise ValueError(f"shape must be (L, E) or (T, L, E), got {axes}")
     check_topology(topology)
-    options = {"policy": policy, "strategy": strategy, "key": key}
-    limits = {"max_moves": max_moves, "move_penalty": move_penalty}
+    options: dict[str, Any] = {"policy": policy, "strategy": strategy, "key": key}
+    options |= {"max_moves": max_moves, "move_penalty": move_penalty}
 
     def make(load: Array, old: Placement | None = None) -> Placement:
-        return plan(load, topology, **options, previous=old, **limits)
+        return plan(load, topology, previous=old, **options)
 
     arguments: list[Any] = [jax.ShapeDtypeStruct(axes, jnp.float32, sharding=sharding)]
     if with_previous:

@@ -34,7 +34,7 @@ _ALL = 64
 _DEPTHS = (1, 2, 3)
 """How many counts a move increases, and how many it decreases."""
 
-_HEAVY = 1 << 20
+_TOO_LARGE = 1 << 20
 """Cost of a replica above T: more than any sum of excesses."""
 
 _NEVER = 1 << 30
@@ -81,17 +81,13 @@ class CountSearch:
 
 
 class _Walk(NamedTuple):
-    """Carry of `_walk`: the counts of all experts, and the excess at every level.
-
-    ``touched`` are the experts that the move has changed so far; ``best`` the counts with the least
-    sum of positive excesses at the end of a move, and ``cost`` that sum.
-    """
+    """Carry of `_walk`: the counts of all experts, and the best so far."""
 
     counts: Int32[Array, " E"]
-    excess: Int32[Array, " v"]
-    touched: Bool[Array, " E"]
-    best: Int32[Array, " E"]
-    cost: Int32[Array, ""]
+    excess: Int32[Array, " v"]  # at every level
+    touched: Bool[Array, " E"]  # experts that the move has changed so far
+    best: Int32[Array, " E"]  # counts of least cost at the end of a move
+    cost: Int32[Array, ""]  # their sum of positive excesses
 
 
 def _for_pairs(
@@ -164,7 +160,7 @@ def _walk(
         here, there = position(load_of, new), position(load_of, old)
         delta = excess(here, new) - excess(there, old)
         cost = total(walk.excess[None] + delta)
-        cost += jnp.where(here > _LEVELS, _HEAVY, 0)
+        cost += jnp.where(here > _LEVELS, _TOO_LARGE, 0)
         invalid = walk.touched[part] | (new < 1) | (new > most)
         cost = jnp.where(invalid, _NEVER, cost)
         least = jnp.min(cost)

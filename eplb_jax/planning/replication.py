@@ -59,16 +59,10 @@ def replicate(
 ) -> Replication:
     """`replicate_experts` as DeepSeek has it: the spares of a layer without load go to expert 0.
 
-    One spare a step, O(E) each: on a CPU several times faster than sorting all quotients.
-
-    Args:
-        load: Loads, nonnegative.
-        num_phy: R.
-        most: Maximum number of replicas of an expert, with room for all of them; None: no limit.
-        offset: Added to counts before loads are divided by them.
+    One spare a step, O(E) each: on a CPU several times faster than sorting all quotients. `most`
+    limits the replicas of an expert; `offset` is added to counts before loads are divided by them.
     """
     num_experts = load.shape[1]
-
     load = load.T
     expert = jnp.arange(num_experts, dtype=jnp.int32)[:, None]
 
@@ -110,14 +104,8 @@ def counts_over_windows(
 ) -> Int32[Array, "L k E"]:
     """Replica counts to choose from by packing them over windows.
 
-    Each are the greedy counts for the mean load plus a share of the peak over it: a missing replica
-    costs more than an idle one.
-
-    Args:
-        load: Mean load of every expert.
-        above: Its peak over windows less that mean.
-        num_replicas: R.
-        most: Maximum number of replicas of an expert; None: no limit.
+    Each are the greedy counts for the mean load plus a share of `above`, the peak over it: a
+    missing replica costs more than an idle one.
     """
     margins = _MARGINS if num_replicas <= _FEW else _MARGINS[:1]
     counts = [replicate(load + unfused(k * above), num_replicas, most).logcnt for k in margins]

@@ -23,16 +23,10 @@ class _Matching(NamedTuple):
 
 
 class _Tree(NamedTuple):
-    """Shortest paths from a free row.
+    """Shortest paths from a free row to columns.
 
-    Attributes:
-        row_price: Price of every row.
-        column_price: Price of every column.
-        slack: Distance of every column from the tree.
-        parent: The column before it on its path; n stands for the free row.
-        rows: Whether a row is in the tree.
-        columns: Whether a column is in the tree.
-        column: The column that is added next; n at the start.
+    `slack` is the distance of every column from the tree, `parent` the column before it on its path
+    (n for the free row). `rows` and `columns` are those in the tree, `column` is added next.
     """
 
     row_price: Int32[Array, " n"]

@@ -25,31 +25,18 @@ _SPARE_STEPS = 8
 
 
 class _View(NamedTuple):
-    """A plan on the way and its loads, in units that add up to less than 2^30 a window.
+    """A plan on the way and its loads, in units that add up to less than 2^30 a window."""
 
-    Attributes:
-        units: Load of every expert.
-        held: Whether a GPU has the expert in the old plan.
-        expert: The expert in every slot.
-        placed: Number of replicas of an expert on a GPU.
-        replicas: Number of replicas of an expert.
-        value: Load of every slot.
-        load: Load of every GPU.
-        above: The same less the mean.
-        moves: Number of moves from the old plan.
-        left: How many more moves there may be.
-    """
-
-    units: Float[Array, "T E"]
-    held: Bool[Array, "m E"]
-    expert: Int32[Array, "m c"]
-    placed: Int32[Array, "m E"]
-    replicas: Int32[Array, " E"]
-    value: Int32[Array, "T m c"]
-    load: Int32[Array, "T m"]
-    above: Int32[Array, "T m"]
-    moves: Int32[Array, ""]
-    left: Int32[Array, ""]
+    units: Float[Array, "T E"]  # load of every expert
+    held: Bool[Array, "m E"]  # whether a GPU has the expert in the old plan
+    expert: Int32[Array, "m c"]  # in every slot
+    placed: Int32[Array, "m E"]  # number of replicas of an expert on a GPU
+    replicas: Int32[Array, " E"]  # number of replicas of an expert
+    value: Int32[Array, "T m c"]  # load of every slot
+    load: Int32[Array, "T m"]  # load of every GPU
+    above: Int32[Array, "T m"]  # the same less the mean
+    moves: Int32[Array, ""]  # from the old plan
+    left: Int32[Array, ""]  # how many more moves there may be
 
 
 class _Walk(NamedTuple):
