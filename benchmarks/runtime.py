@@ -206,7 +206,7 @@ def moving(console: Console) -> None:
     }.items():
         new = eplb_jax.plan(trace[8:16], topology, **options)
         received = int(eplb_jax.moves(old, new, topology).received.sum())
-        sends, fetches = (np.asarray(x) for x in route(old.phy2log, new.phy2log))
+        sends, receives = (np.asarray(x) for x in route(old.phy2log, new.phy2log))
         plans = jax.device_put((old, new), everywhere)
         took = {}
         for ragged in (False,) if kind == "cpu" else (False, True):
@@ -218,8 +218,8 @@ def moving(console: Console) -> None:
                 times.append(time.perf_counter() - start)
                 assert (np.asarray(weights[..., 0]) == np.asarray(new.phy2log)).all()
             took[ragged] = f"{1e3 * statistics.median(times[1:]):.0f}"
-        busiest = f"{sends.mean():.1f} + {fetches.mean():.1f}"
-        sent = (sends + fetches).sum() * 8 * 7 / 8
+        busiest = f"{sends.mean():.1f} + {receives.mean():.1f}"
+        sent = (sends + receives).sum() * 8 * 7 / 8
         table.add_row(name, f"{received}", f"{sent:.0f}", busiest, took[False], took.get(True))
     console.print(table)
 

@@ -9,7 +9,7 @@ Reads the standard library: documentation, code, tables of encodings; sequences 
 next one after another. Eight devices: GPUs where there are several, else of the CPU. Every step
 counts what the routers do; every 16 steps a plan is made from the last eight windows of two steps,
 and weights and both moments of Adam move. "no balancer": the same tokens, experts in order, no
-replicas. "beyond": the share of tokens over 1.25 times an even share, which a model of that
+replicas. "beyond": the share of tokens over 1.25 times the mean, which a model of that
 capacity would drop; this one drops none.
 """
 
@@ -183,19 +183,19 @@ def train(
 
 
 def table_of(run: Run, before: int, num_gpus: int) -> Table:
-    """How even devices were in the steps before the first plan, and in those after it."""
+    """How balanced devices were in the steps before the first plan, and in those after it."""
     table = Table(title="tokens of a device, mean over layers and steps", title_justify="left")
     for header in ["steps", "", "balancedness", "least", "mean", "most", "beyond"]:
         table.add_column(header, justify="left" if not header else "right")
     alone, steps = gpu_loads_in_order(run.load, num_gpus), len(run.load)
-    for first, last, name in (0, before, "plan for even loads"), (before, steps, "plans"):
+    for first, last, name in (0, before, "plan for equal loads"), (before, steps, "plans"):
         for label, part in ("no balancer", alone[first:last]), (name, run.gpu_load[first:last]):
             if part.size:
-                even = part.mean(axis=-1, keepdims=True)
+                mean = part.mean(axis=-1, keepdims=True)
                 least, most = part.min(axis=-1), part.max(axis=-1)
-                beyond = np.maximum(part - CAPACITY * even, 0).sum() / part.sum()
-                balancedness = (even[..., 0] / most).mean()
-                shown = (f"{x.mean():.0f}" for x in (least, even, most))
+                beyond = np.maximum(part - CAPACITY * mean, 0).sum() / part.sum()
+                balancedness = (mean[..., 0] / most).mean()
+                shown = (f"{x.mean():.0f}" for x in (least, mean, most))
                 row = f"{first + 1} - {last}", label, f"{balancedness:.3f}", *shown
                 table.add_row(*row, f"{100 * beyond:.1f} %")
     return table
@@ -245,15 +245,15 @@ def main() -> None:
     parser.add_argument("--trace", type=Path, help="write the load of every window there, .npz")
     given = parser.parse_args()
     mesh, model = moe.mesh_of_devices(), moe.Model(choice=given.choice)
-    even = np.ones((model.layers, model.experts))
+    equal_load = np.ones((model.layers, model.experts))
     topology = eplb_jax.Topology.of_replicas(given.slots, mesh.size)
-    plan = eplb_jax.plan(even, topology, strategy="greedy")
+    plan = eplb_jax.plan(equal_load, topology, strategy="greedy")
     run = train(model, mesh, plan, steps=given.steps, every=given.every)
     Console(width=100).print(table_of(run, min(given.every, given.steps), mesh.size))
     print(*report(run, mesh.size), sep="\n")
     if given.trace:
         whole = given.steps - given.steps % STEPS_PER_WINDOW
-        windows = run.load[:whole].reshape(-1, STEPS_PER_WINDOW, *even.shape).sum(axis=1)
+        windows = run.load[:whole].reshape(-1, STEPS_PER_WINDOW, *equal_load.shape).sum(axis=1)
         np.savez_compressed(given.trace, load=windows)
     if given.check:
         other = train(model, mesh, moe.contiguous(model), steps=given.steps)

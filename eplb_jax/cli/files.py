@@ -1,4 +1,4 @@
-"""Output files, which appear complete or not at all."""
+"""Output files, written completely or not at all."""
 
 import os
 from collections.abc import Callable

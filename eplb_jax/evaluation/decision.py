@@ -1,4 +1,4 @@
-"""Whether to put a plan in place: what it saves while it is used, and what moving to it costs."""
+"""Whether to move to a new plan: the time it saves while it is in place, and the time to move."""
 
 from typing import Literal, NamedTuple
 
@@ -74,8 +74,8 @@ def decide(
         seconds_per_token: Time of one token of one expert on a GPU; None with measured_seconds.
         measured_seconds: [T], the time that the experts of all layers took in every window with
             the old plan in place; it gives the time of a token.
-        margin: By what fraction the gain must exceed the cost: hysteresis, which stops similar
-            plans from replacing each other in turn.
+        margin: Fraction by which the gain must exceed the cost. This hysteresis stops similar plans
+            from replacing each other in turn.
         confidence: Number of standard errors by which the gain must differ from the cost.
 
     Returns:

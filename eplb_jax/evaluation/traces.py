@@ -1,6 +1,6 @@
 """Synthetic traces: loads whose skew and change over windows are chosen.
 
-For tests and comparisons that no measured trace can serve.
+For tests, and for comparisons that need a skew or a change that no measured trace has.
 """
 
 from collections.abc import Callable
@@ -59,8 +59,8 @@ def generate(
 
     - stationary: not at all; windows differ by sampling noise.
     - drift: the log popularity of every expert does a random walk of its own.
-    - topics: every topic has its own popularities. The mixture of topics is the same for all
-      layers; in every window a part of it is replaced by one topic drawn at random.
+    - topics: every topic has its own popularities. All layers have the same mixture of topics; in
+      every window a fraction of it is replaced by one topic drawn at random.
     - bursts: at random times one to three experts of a layer get 3 to 8 times their load, for one
       to four windows.
 
@@ -82,8 +82,8 @@ def generate(
             of at most 0.01, mostly 0.001.
         num_gpus: G, for `balancedness`: each GPU has E / G experts. None: E.
         change: How much changes in a window. Drift: standard deviation of the step of a log
-            popularity, 0 to 64, by default 0.1. Topics: part of the mixture that is replaced, 0
-            to 1, by default 0.1. Bursts: probability that one starts in a layer, 0 to 1, by
+            popularity, 0 to 64, by default 0.1. Topics: fraction of the mixture that is replaced,
+            0 to 1, by default 0.1. Bursts: probability that one starts in a layer, 0 to 1, by
             default 0.2. Stationary: None.
         topics: Number of topics, for that kind.
         seed: Seed of all draws; not negative.

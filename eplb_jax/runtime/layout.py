@@ -46,7 +46,7 @@ def layout_of(
             raise ValueError(f"axis_name={axis!r} is not an axis of the mesh: {mesh.axis_names}")
     shape = (placement.logcnt if logical else placement.phy2log).shape
     rows = len(shape) - 1
-    # None, for all or below a node, is `PartitionSpec()`; `jax.tree` would drop it.
+    # None stands for `PartitionSpec()`; to `jax.tree` it is a node without leaves.
     specs = jax.tree.map(lambda x: x or PartitionSpec(), specs, is_leaf=_is_spec)
     given = jax.tree.leaves(jax.tree.broadcast(specs, tree, is_leaf=_is_spec), is_leaf=_is_spec)
     resolved = []

@@ -20,9 +20,9 @@ _NEVER = 2**31 - 1
 def nearest_replica(placement: Placement | LoadLike, topology: Topology) -> Int32[Array, "*L E G"]:
     """The slot to which every GPU sends the tokens of an expert: that of the nearest replica.
 
-    It is on the same GPU, else on the same node, else anywhere; of several, on the GPU that the
-    fewest GPUs send to so far. GPU loads are then as balanced as that allows where all GPUs route
-    alike. A second replica on one GPU gets no tokens.
+    It is on the same GPU, else on the same node, else anywhere; of several, on the GPU to which the
+    fewest GPUs send so far, which balances loads if all GPUs route alike. A second replica on one
+    GPU gets no tokens.
 
     Args:
         placement: The plan, or its phy2log, [L, R] or [R].

@@ -43,9 +43,9 @@ def to_physical(
     choice         replica                                             tokens of the replicas
     =============  ==================================================  =========================
     "round_robin"  in turn, over the tokens of the expert; sorts ids   equal, to one token
-    "token"        number of the token modulo replicas; free           equal on average
+    "token"        number of the token modulo replicas; no sort        equal on average
     "random"       drawn with `key`                                    equal on average
-    "nearest"      ``table[expert, gpu]`` of `nearest_replica`; free   by the GPUs they come from
+    "nearest"      ``table[expert, gpu]`` of `nearest_replica`         by the GPUs they come from
     "shares"       by shares of `split_load`; sorts ids                the shares, to one token
     =============  ==================================================  =========================
 

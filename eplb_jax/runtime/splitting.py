@@ -25,12 +25,12 @@ def split_load(
     """The share of every slot in the current load of its expert, for balanced GPUs.
 
     A plan is made for past loads, and for replicas that share a load equally. Once the tokens of a
-    step are routed, other shares can balance its GPUs better. The minimum of the maximum GPU load
-    is a linear program, which this solves to a relative error of a few 1e-4, and of 5e-3 where
-    replicas link GPUs in long chains. `to_physical` follows the shares by ``choice="shares"``.
+    step are routed, other shares can balance GPUs better. The shares minimise the maximum GPU load,
+    a linear program, to a relative error of a few 1e-4, and of 5e-3 where replicas link GPUs in
+    long chains. `to_physical` follows them by ``choice="shares"``.
 
-    Minimises the sum of squared GPU loads, whose minimum also has the least maximum, by projected
-    gradient steps with momentum and restarts, each O(R).
+    The method minimises the sum of squared GPU loads, which minimises the maximum too, by projected
+    gradient steps with momentum and restarts. A step takes O(R).
 
     Args:
         load: Loads in any unit, summed over all GPUs: [L, E], [T, L, E] of T windows, or [E] of one
