@@ -142,7 +142,7 @@ def _walk(
     parts = jnp.asarray(_parts(load.shape[0]))
 
     def position(scaled: Array, counts: Array) -> Array:
-        """Of a replica: the number of levels below it, or minus that of levels it can pair with."""
+        """Of a replica: the number of levels below it, or minus the number it can pair with."""
         share = jnp.floor(scaled / jnp.maximum(counts, 1).astype(load.dtype))
         return jnp.clip(share, 0, 2 * _LEVELS + 1).astype(jnp.int32) - _LEVELS
 

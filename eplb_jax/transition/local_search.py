@@ -1,7 +1,7 @@
 """A better plan within a few moves of the one in place.
 
 Every step swaps two slots or changes the expert of one: what lowers the sum of squared GPU loads
-most for each move. Of the plans on the way, the one of least imbalance + penalty * moves is
+most for each move. Of the plans visited, the one of least imbalance + penalty * moves is
 returned. A move is a slot with an expert that its GPU did not have in the old plan.
 
 Loads are whole numbers, and floats are added in a fixed order: the plan of a layer does not depend
@@ -25,7 +25,7 @@ _SPARE_STEPS = 8
 
 
 class _View(NamedTuple):
-    """A plan on the way and its loads, in units that add up to less than 2^30 a window."""
+    """A plan and its loads, in units that add up to less than 2^30 a window."""
 
     units: Float[Array, "T E"]  # load of every expert
     held: Bool[Array, "m E"]  # whether a GPU has the expert in the old plan
@@ -40,7 +40,7 @@ class _View(NamedTuple):
 
 
 class _Walk(NamedTuple):
-    """The plan on the way, the best so far with its cost, and steps without success in a row."""
+    """The present plan, the best so far with its cost, and the number of failed steps in a row."""
 
     expert: Int32[Array, "m c"]
     best: Int32[Array, "m c"]
@@ -50,7 +50,7 @@ class _Walk(NamedTuple):
 
 
 class _Step(NamedTuple):
-    """A plan one step on, the fall of the squares per move, and whether it is within one node."""
+    """The next plan, the decrease of the squares per move, and whether it is within one node."""
 
     expert: Int32[Array, "m c"]
     rate: Float[Array, ""]
@@ -138,7 +138,7 @@ def _improve_layer(
 
 
 def _keep_best(walk: _Walk, cost: Float[Array, ""]) -> _Walk:
-    """With the plan on the way as the best if it costs less."""
+    """The walk, with the present plan as the best if it costs less."""
     better = cost < walk.cost
     best = jnp.where(better, walk.expert, walk.best)
     return walk._replace(best=best, cost=jnp.where(better, cost, walk.cost))

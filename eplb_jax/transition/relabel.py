@@ -22,11 +22,11 @@ def relabel(
 ) -> Replication:
     """`new` with GPUs and slots renumbered so that as many slots as possible keep their expert.
 
-    Where the plan is hierarchical, GPUs are matched with GPUs for every pair of an old and a new
-    node, then nodes with nodes. Otherwise any GPU may take the place of any other; of two choices
-    that keep equally many slots, the one wins in which more of the experts that move are on the
-    node already. (Topologies so large that both numbers do not fit in an int32, above about 23,000
-    slots, ignore the second.) An expert that its GPU had before keeps the slot.
+    In a hierarchical plan, GPUs are matched for every pair of an old and a new node, then nodes.
+    Otherwise any GPU may take the place of any other; among choices that keep equally many slots,
+    the one with most of the moved experts on their old node is taken. (Above about 23,000 slots,
+    where both numbers do not fit in an int32, nodes are ignored.) An expert that its GPU had
+    before keeps the slot.
     """
     num_experts = new.logcnt.shape[1]
     num_gpus, num_slots = topology.num_gpus, topology.num_replicas
