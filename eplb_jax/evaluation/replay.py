@@ -7,7 +7,7 @@ runs on the host and cannot be traced.
 from collections.abc import Callable
 from functools import partial
 from time import perf_counter
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,7 @@ from eplb_jax.planning.strategies import Strategy, resolve_strategy
 from eplb_jax.transition.moves import moves
 from eplb_jax.types import Placement, Topology, check_topology
 
+_Plan = TypeVar("_Plan")
 Planner = Callable[[np.ndarray, Placement | None], Placement]
 """A function of the past windows [H, L, E], oldest first, and the plan in place: the next plan."""
 
@@ -158,9 +159,7 @@ def plan_from_last_window(
     return lambda past, placed: make(past[-1])
 
 
-def time_plan(
-    make: Callable[[], Placement], *, compiles: bool = True
-) -> tuple[Placement, float, float]:
+def time_plan(make: Callable[[], _Plan], *, compiles: bool = True) -> tuple[_Plan, float, float]:
     """A plan, the seconds that it took, and the seconds of compilation, which may be zero.
 
     A call that compiles is made twice: compilation is what the first one took longer.

@@ -47,8 +47,8 @@ def layout_of(
     shape = (placement.logcnt if logical else placement.phy2log).shape
     rows = len(shape) - 1
     # None stands for `PartitionSpec()`; to `jax.tree` it is a node without leaves.
-    specs = jax.tree.map(lambda x: x or PartitionSpec(), specs, is_leaf=_is_spec)
-    given = jax.tree.leaves(jax.tree.broadcast(specs, tree, is_leaf=_is_spec), is_leaf=_is_spec)
+    specs = jax.tree.map(lambda x: x or PartitionSpec(), specs, is_leaf=lambda x: x is None)
+    given = jax.tree.leaves(jax.tree.broadcast(specs, tree))
     resolved = []
     for (path, leaf), spec in zip(jax.tree.leaves_with_path(tree), given, strict=True):
         title = name + keystr(path)
@@ -78,10 +78,6 @@ def layout_of(
 
 def _names(axis_name: Any) -> tuple[str, ...]:
     return (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
-
-
-def _is_spec(value: Any) -> bool:
-    return value is None or isinstance(value, PartitionSpec)
 
 
 def _spec_on(mesh: Mesh | AbstractMesh, leaf: Array | np.ndarray) -> PartitionSpec:
