@@ -12,7 +12,7 @@ import eplb_jax
 from eplb_jax import Topology, check_placement, plan, rebalance_experts
 from eplb_jax.evaluation.metrics import balance, gap
 from tests import oracle
-from tests.helpers import assert_same, duplicates, lognormal
+from tests.helpers import QUICK, assert_same, duplicates, lognormal
 
 README_LOAD = [
     [90, 132, 40, 61, 104, 165, 39, 4, 73, 56, 183, 86],
@@ -109,7 +109,7 @@ def test_topologies_are_checked_and_hashable():
         Topology(8, slots=2.5)
 
 
-@pytest.mark.parametrize("strategy", ["auto", "best", "greedy_swap", "lns"])
+@pytest.mark.parametrize("strategy", ["auto", "greedy_swap"])
 def test_no_gpu_holds_an_expert_twice(strategy):
     weight = lognormal(6, 32, sigma=1.5)
     greedy = plan(weight, NODES, strategy="greedy")
@@ -120,7 +120,7 @@ def test_no_gpu_holds_an_expert_twice(strategy):
     np.testing.assert_array_equal(duplicates(result.phy2log, 8), 0)
 
 
-@settings(max_examples=5, deadline=None, derandomize=True)
+@settings(max_examples=3, deadline=None, derandomize=True)
 @given(st.data())
 def test_no_gpu_holds_an_expert_twice_whatever_the_shape(data):
     num_gpus = data.draw(st.integers(2, 12))
@@ -187,7 +187,7 @@ def test_the_greedy_start_has_duplicates_that_others_must_remove():
 def test_without_load_spares_are_spread(groups, nodes):
     weight = np.stack([np.zeros(32), lognormal(1, 32)[0]])
     topology = Topology(8, slots=6, num_nodes=nodes, num_groups=groups)
-    result = plan(weight, topology)
+    result = plan(weight, topology, strategy=QUICK)
     check_placement(result)
     logcnt = np.asarray(result.logcnt)[0]
     assert sorted(logcnt.tolist()) == [1] * 16 + [2] * 16
@@ -196,7 +196,7 @@ def test_without_load_spares_are_spread(groups, nodes):
     spares = np.asarray(result.log2phy)[0, :, 1:]
     np.testing.assert_array_equal(np.bincount(spares[spares >= 0] // 6, minlength=8), 2)
     np.testing.assert_array_equal(duplicates(result.phy2log, 8), 0)
-    assert_same([x[1:] for x in result], plan(weight[1:], topology))
+    assert_same([x[1:] for x in result], plan(weight[1:], topology, strategy=QUICK))
 
 
 def test_groups_stay_on_one_node_under_the_hierarchical_policy():

@@ -104,7 +104,7 @@ def test_deterministic_and_the_packing_follows_its_items(name):
     assert_same([np.asarray(x)[:, order] for x in one], pack(WEIGHT[:, order], name))
 
 
-@pytest.mark.parametrize("name", ["greedy", "restarts", "auto"])
+@pytest.mark.parametrize("name", ["greedy", "restarts"])  # auto: test_default_flags.py
 def test_a_layer_is_packed_alike_among_any_others(name):
     """Layers with ties and near ties, 1, 7, 60 and 300 at a time."""
     rng = np.random.default_rng(0)

@@ -84,8 +84,9 @@ def test_one_window_is_the_load_itself_and_none_is_idle():
     idle = np.zeros((2, 3, 32))
     assert_same(plan(idle, NODES, **quick), plan(idle[0], NODES, **quick))
     idle[1] = trace[0]
-    both = plan(idle, Topology(8, slots=6), strategy="fast")
-    assert balance(trace[0], both, Topology(8, slots=6)).mean_imbalance < 0.01
+    both = plan(idle, NODES, **quick)
+    alone = balance(trace[0], plan(trace[0], NODES, **quick), NODES)
+    assert balance(trace[0], both, NODES).mean_imbalance < alone.mean_imbalance + 0.03
 
 
 @pytest.mark.parametrize(
@@ -103,7 +104,7 @@ def test_plans_of_windows_are_plans(strategy, policy):
 
 def test_layers_over_a_mesh_need_no_communication():
     trace = windows(3, layers=8)
-    make = jax.jit(lambda x: plan(x, Topology(8, slots=6), strategy="fast"))
+    make = jax.jit(lambda x: plan(x, Topology(8, slots=6), strategy=QUICK))
     mesh = jax.make_mesh((8,), ("layers",), axis_types=(jax.sharding.AxisType.Auto,))
     spread = jax.device_put(trace, jax.sharding.NamedSharding(mesh, jax.P(None, "layers")))
     compiled = make.lower(spread).compile()
@@ -177,7 +178,7 @@ def test_the_most_loaded_packs_of_windows_are_lowered_in_turn():
 def test_plans_of_windows_hold_better_on_the_next_than_those_of_the_last():
     trace, topology = eplb_jax.loads.example("gpt_oss_20b")[:16, ::4], Topology(8, slots=5)
     planners = {
-        "last": eplb_jax.plan_from_last_window(topology, strategy="fast"),
+        "last": eplb_jax.plan_from_last_window(topology),
         "windows": eplb_jax.plan_from_windows(topology, keep=False, strategy="fast"),
     }
     mean = {k: replay(trace, x, topology).imbalance.mean() for k, x in planners.items()}
