@@ -90,6 +90,3 @@ def assert_bits(got, wanted):
         bits = np.asarray(got[name])
         assert bits.dtype == x.dtype
         assert bits.tobytes() == np.ascontiguousarray(x).tobytes(), name
-
-
-repeats = duplicates  # TODO: remove when no test uses it

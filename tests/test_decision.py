@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
-from helpers import QUICK
 
 from eplb_jax import Topology, decide, moves, plan
+from tests.helpers import QUICK
 
 TOPOLOGY = Topology(4, slots=6)
 MODEL = {"bytes_per_expert": 10**6, "bandwidth": 1e9, "seconds_per_token": 1e-6}

@@ -14,11 +14,11 @@ import eplb_torch
 import numpy as np
 import pytest
 import torch
-import torch_oracle
 from eplb_torch import sglang, vllm
-from helpers import QUICK, lognormal
 
 import eplb_jax
+from tests import torch_oracle
+from tests.helpers import QUICK, lognormal
 
 COUNTS = 48, 4, 2, 8
 LOAD = torch.from_numpy(lognormal(3, 32))

@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import QUICK, assert_same, lognormal
 
 import eplb_jax
 from eplb_jax import Topology, check_placement, moves
@@ -12,6 +11,7 @@ from eplb_jax.checks import as_limit, as_penalty
 from eplb_jax.evaluation.metrics import balance
 from eplb_jax.transition import local_search
 from eplb_jax.transition.local_search import improve_plan
+from tests.helpers import QUICK, assert_same, lognormal
 
 TOPOLOGY = Topology(8, slots=6, num_nodes=2, num_groups=4)
 LAYERS, EXPERTS = 6, 32

@@ -4,13 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import lognormal
 
 import eplb_jax
 from eplb_jax import Placement, Topology, check_placement
 from eplb_jax.evaluation.metrics import balance, balance_of, gap, gpu_loads
 from eplb_jax.planning.placement import place
 from eplb_jax.types import Replication
+from tests.helpers import lognormal
 
 TOPOLOGY = Topology(5, slots=4)
 

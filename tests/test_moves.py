@@ -3,10 +3,10 @@
 import jax
 import numpy as np
 import pytest
-from helpers import assert_same, lognormal
 
 from eplb_jax import Topology, moves, plan
 from eplb_jax.transition.moves import OTHER_NODE, SAME_GPU, SAME_NODE, STAYS
+from tests.helpers import assert_same, lognormal
 
 TOPOLOGY = Topology(8, slots=6, num_nodes=2)
 OLD = np.tile(np.arange(12) % 8, (2, 1))

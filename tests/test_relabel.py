@@ -6,13 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import QUICK, assert_same, lognormal
 from scipy.optimize import linear_sum_assignment
 
 from eplb_jax import Topology, check_placement, moves, plan
 from eplb_jax.evaluation.metrics import balance
 from eplb_jax.transition.assignment import MAX_TOTAL, assignment
 from eplb_jax.transition.moves import SAME_NODE, STAYS
+from tests.helpers import QUICK, assert_same, lognormal
 
 TOPOLOGY = Topology(8, slots=6, num_nodes=2, num_groups=4)
 LOAD = lognormal(6, 32)

@@ -69,7 +69,7 @@ def chain():
     return steep[None], eplb_jax.placement_of(experts.reshape(1, -1)), 16
 
 
-def repeats():
+def duplicates():
     return lognormal(1, 64), eplb_jax.placement_of([[*range(64), *[0] * 8]]), 4
 
 
@@ -79,7 +79,7 @@ CASES = {
     "lognormal": lambda: (lognormal(4, 64), misfit(lognormal(4, 64), 96, 8), 8),
     "many replicas": lambda: (lognormal(4, 64), misfit(lognormal(4, 64), 256, 16, "greedy"), 16),
     "twenty replicas": twenty_replicas,
-    "repeats on a GPU": repeats,
+    "duplicates on a GPU": duplicates,
     "chain": chain,
 }
 
