@@ -1,14 +1,14 @@
-"""How near to the optimum the counts of replicas come where GPUs have two slots.
+"""The distance of replica counts to the optimum where GPUs have two slots.
 
     pip install '.[benchmarks]'
     python benchmarks/counts.py                       # small and medium cases: some minutes
     python benchmarks/counts.py --shape 256,288,144 --limit 60
 
-With two slots a GPU, counts decide alone: the best packing is the fold, heaviest with lightest.
-A CP-SAT model decides whether counts exist whose fold stays below a load T, by Hall's condition,
-and halving finds the least T, to 0.05 % of the mean. For every strategy: the imbalance of its
-plans, and how far they go of the way from greedy counts to the optimum, as the mean over cases
-whose optimum is proven and at least 0.1 % better than greedy counts.
+With two slots a GPU only the counts matter: the best packing is the fold, largest with smallest. A
+CP-SAT model decides by Hall's condition whether counts exist whose fold stays below a load T, and
+bisection finds the least T to 0.05 % of the mean. Per strategy: the imbalance of its plans, and the
+share of the gap between greedy counts and the optimum that it closes, as the mean over cases whose
+optimum is proven and at least 0.1 % better than greedy counts.
 """
 
 import argparse
@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 import eplb_jax
+from eplb_jax import Topology
 
 SHAPES = [(16, 20, 10), (32, 40, 20), (32, 48, 24), (64, 72, 36), (64, 80, 40), (128, 144, 72)]
 TOLERANCE = 5e-4
@@ -69,10 +70,10 @@ def feasible(load: np.ndarray, num_replicas: int, most: float, limit: float) -> 
 def optimum(
     load: np.ndarray, num_replicas: int, reached: float, limit: float
 ) -> tuple[float, float]:
-    """The lightest heaviest pair known, and what none stays below; `reached` is known."""
+    """The least known maximum load of a pair, and a lower bound; `reached` is known."""
     num_gpus = num_replicas // 2
     mean = load.sum() / num_gpus
-    best, bound = reached, float(eplb_jax.plan_bound(load[None], num_replicas, num_gpus)[0])
+    best, bound = reached, float(eplb_jax.plan_bound(load, Topology(num_gpus, slots=2)))
     while best - bound > TOLERANCE * mean:
         middle = (best + bound) / 2
         answer = feasible(load, num_replicas, middle, limit)
@@ -92,7 +93,7 @@ def main() -> None:
     shapes = [tuple(int(x) for x in s.split(",")) for s in options.shape or []] or SHAPES
 
     names = ["greedy", *options.strategies]
-    table = Table(title=f"imbalance, % (share of the way), jax {jax.__version__}")
+    table = Table(title=f"imbalance, % (share of the gap closed), jax {jax.__version__}")
     for column in ("experts, slots, GPUs", "load", "proven", *names, "optimum"):
         table.add_column(column, justify="left" if column == "load" else "right")
     way: dict[str, list[float]] = {name: [] for name in options.strategies}
@@ -101,26 +102,25 @@ def main() -> None:
         num_experts, num_replicas, num_gpus = shape
         for kind, load in cases(num_experts, options.layers).items():
             mean = load.sum(axis=1) / num_gpus
-            heaviest = {}
+            topology, largest = Topology(num_gpus, slots=2), {}
             for name in names:
-                plan = eplb_jax.rebalance_experts(load, num_replicas, 1, 1, num_gpus, strategy=name)
-                heaviest[name] = np.asarray(
-                    eplb_jax.metrics.balance(load, plan, num_gpus).gpu_load
-                ).max(axis=1)
-            reached = np.min([*heaviest.values()], axis=0) * (1 + 1e-6)
+                plan = eplb_jax.plan(load, topology, strategy=name)
+                gpu_load = eplb_jax.metrics.balance(load, plan, topology).gpu_load
+                largest[name] = np.asarray(gpu_load).max(axis=1)
+            reached = np.min([*largest.values()], axis=0) * (1 + 1e-6)
             ends = [
                 optimum(x, num_replicas, r, options.limit)
                 for x, r in zip(load, reached, strict=True)
             ]
             best, bound = np.array(ends).T
             proven = best - bound <= TOLERANCE * mean * 1.01
-            to_gain = heaviest["greedy"] - best
+            to_gain = largest["greedy"] - best
             counted = proven & (to_gain > 1e-3 * mean)
             cells = []
-            for name, heavy in heaviest.items():
-                cell = f"{100 * np.mean(heavy / mean - 1):.2f}"
+            for name, reached in largest.items():
+                cell = f"{100 * np.mean(reached / mean - 1):.2f}"
                 if name in way and counted.any():
-                    gone = (heaviest["greedy"] - heavy)[counted] / to_gain[counted]
+                    gone = (largest["greedy"] - reached)[counted] / to_gain[counted]
                     way[name] += gone.tolist()
                     cell += f" ({gone.mean():.0%})"
                 cells.append(cell)
@@ -136,7 +136,7 @@ def main() -> None:
     console.print(table)
     for name, gone in way.items():
         console.print(
-            f"{name}: {np.mean(gone):.0%} of the way in the mean of {len(gone)} cases, "
+            f"{name}: closes {np.mean(gone):.0%} of the gap in the mean of {len(gone)} cases, "
             f"{np.quantile(gone, 0.1):.0%} in the worst tenth"
         )
     console.print(f"{time.perf_counter() - start:.0f} s")

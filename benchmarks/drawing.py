@@ -22,7 +22,7 @@ def draw_speed(path: Path, rows: list[dict[str, Any]]) -> None:
     axes.set(
         xscale="log", yscale="log", xlabel="a whole plan, ms", title=f"a plan of {rows[0]['shape']}"
     )
-    axes.set(ylabel="heaviest / mean GPU - 1, %")
+    axes.set(ylabel="imbalance (max / mean GPU load - 1), %")
     finish(figure, path)
 
 

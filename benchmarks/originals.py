@@ -35,7 +35,7 @@ def beside_originals(shape: Shape, folder: Path, repeat: int) -> list[dict[str, 
             torch.cuda.synchronize()
         return packing
 
-    def unevenness(packing: Any) -> float:
+    def imbalance_of(packing: Any) -> float:
         pack_index = np.asarray(
             packing[0] if isinstance(packing[0], jax.Array) else packing[0].cpu()
         )
@@ -58,7 +58,7 @@ def beside_originals(shape: Shape, folder: Path, repeat: int) -> list[dict[str, 
         times = timed(calls, repeat)
         row: dict[str, Any] = {"shape": str(shape), "packing": path.stem}
         for side, (_, steady, _, packing) in times.items():
-            row |= {f"{side}_ms": 1e3 * steady, f"{side}_imbalance": unevenness(packing)}
+            row |= {f"{side}_ms": 1e3 * steady, f"{side}_imbalance": imbalance_of(packing)}
         row["speed_up"] = row["original_ms"] / row["ours_ms"]
         rows.append(row)
     return rows

@@ -2,9 +2,9 @@
 
     python benchmarks/peers.py    # checks that all of them make the plan of strategy="greedy"
 
-All follow DeepSeek's global policy: every spare slot to the expert with the most load for each
-replica, then replicas in falling order, each to the lightest GPU with room. They differ in what
-they run on. `log2phy` is [L, E, R - E + 1] padded with -1, as ours is.
+All follow DeepSeek's global policy: every spare slot goes to the largest load per replica, then
+replicas in descending order go to the least loaded GPU with room. They differ in what they run on.
+`log2phy` is [L, E, R - E + 1] padded with -1, as ours is.
 """
 
 import ctypes
@@ -143,14 +143,14 @@ def imbalance(load: np.ndarray, phy2log: np.ndarray, num_gpus: int) -> np.ndarra
     return gpus.max(axis=-1) / gpus.mean(axis=-1) - 1
 
 
-def repeats(phy2log: np.ndarray, num_gpus: int) -> int:
-    """Slots that hold an expert which their GPU holds already."""
+def duplicates(phy2log: np.ndarray, num_gpus: int) -> int:
+    """How many slots hold an expert that another slot of their GPU holds."""
     by_gpu = np.sort(phy2log.reshape(len(phy2log), num_gpus, -1), axis=2)
     return int((by_gpu[:, :, 1:] == by_gpu[:, :, :-1]).sum())
 
 
 def check_equal(load: np.ndarray, plans: dict[str, np.ndarray], num_gpus: int) -> None:
-    """Raise unless every layer of every phy2log is as even as that of the first one."""
+    """Raise unless every layer of every phy2log is balanced as that of the first one."""
     (first, expected), *others = (
         (name, imbalance(load, phy2log, num_gpus)) for name, phy2log in plans.items()
     )
@@ -180,7 +180,7 @@ def main() -> None:
             plans[name] = np.asarray(plan.phy2log)
         check_equal(load, plans, num_gpus)
         same = [name for name, x in plans.items() if np.array_equal(x, plans["greedy"])]
-        known = f"{num_replicas} / {num_gpus}: as even as greedy: {', '.join(plans)}"
+        known = f"{num_replicas} / {num_gpus}: balanced as greedy: {', '.join(plans)}"
         print(f"{known}; slot for slot: {', '.join(same)}")
 
 

@@ -1,14 +1,14 @@
-"""How far every strategy stays above the proven bound, over loads and shapes.
+"""The gap of every strategy to the proven bound, over loads and shapes.
 
     python benchmarks/quality.py                                  # the bundled and drawn loads
     python benchmarks/quality.py --load r1.npz v2_lite.npz        # and files of measured loads
     python benchmarks/quality.py --json out.jsonl --plot quality.png
 
-One row for every load and shape, one column for every strategy: the median over layers of
-heaviest GPU / bound - 1, and in parentheses the 95th percentile, each in parts of 10^4; then the
-slots that hold an expert which their GPU holds already, where there are any. Shapes that a load
-does not fit (more experts than slots) are left out. The picture is of imbalance against the time
-of a whole plan, on the bundled load with 288 slots on 32 GPUs.
+One row per load and shape, one column per strategy: the median over layers of max GPU load / bound
+- 1, and in parentheses the 95th percentile, each in units of 1e-4; then the number of slots with an
+expert that another slot of their GPU holds, if there are any. Shapes that a load does not fit (more
+experts than slots) are left out. The picture is of imbalance against the time of a whole plan, on
+the bundled load with 288 slots on 32 GPUs.
 """
 
 import argparse
@@ -19,11 +19,12 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from peers import repeats
+from peers import duplicates
 from rich.console import Console
 from rich.table import Table
 
 import eplb_jax
+from eplb_jax import Topology
 
 SHAPES = {
     "c >= 7": [(288, 32), (416, 32), (448, 64), (144, 16), (72, 8), (36, 4)],
@@ -60,10 +61,10 @@ def fits(num_experts: int, num_replicas: int, kind: str) -> bool:
 def measure(
     load: np.ndarray, num_replicas: int, num_gpus: int, strategy: str, runs: int
 ) -> dict[str, float]:
+    topology = Topology.of_replicas(num_replicas, num_gpus)
+
     def plan() -> eplb_jax.Placement:
-        return jax.block_until_ready(
-            eplb_jax.rebalance_experts(load, num_replicas, 1, 1, num_gpus, strategy=strategy)
-        )
+        return jax.block_until_ready(eplb_jax.plan(load, topology, strategy=strategy))
 
     start = time.perf_counter()
     placement = plan()
@@ -72,13 +73,13 @@ def measure(
         start = time.perf_counter()
         plan()
         times.append(time.perf_counter() - start)
-    gap = np.asarray(eplb_jax.metrics.gap(load, placement, num_gpus))
-    balance = eplb_jax.metrics.balance(load, placement, num_gpus)
+    gap = np.asarray(eplb_jax.metrics.gap(load, placement, topology))
+    balance = eplb_jax.metrics.balance(load, placement, topology)
     return {
         "gap_median": float(np.median(gap)),
         "gap_p95": float(np.quantile(gap, 0.95)),
         "imbalance": float(balance.mean_imbalance),
-        "repeats": repeats(np.asarray(placement.phy2log), num_gpus),
+        "duplicates": duplicates(np.asarray(placement.phy2log), num_gpus),
         "run_ms": statistics.median(times) * 1e3,
         "compile_s": first - statistics.median(times),
     }
@@ -98,7 +99,7 @@ def draw(path: Path, strategies: list[str], runs: int) -> None:
         axes.annotate(name, (row["run_ms"], 100 * row["imbalance"]), xytext=(6, 4),
                       textcoords="offset points", weight="bold" if ours else "normal")  # fmt: skip
     axes.set(xscale="log", yscale="log", xlabel="a whole plan of 58 layers, ms",
-             ylabel="heaviest / mean GPU - 1, %",
+             ylabel="imbalance (max / mean GPU load - 1), %",
              title="DeepSeek-V3-0324, 288 slots on 32 GPUs, 2-core CPU")  # fmt: skip
     axes.grid(alpha=0.3, which="major")
     axes.margins(0.15)
@@ -120,7 +121,7 @@ def main() -> None:
 
     loads = {"DeepSeek-V3-0324": eplb_jax.loads.example()} | drawn_loads()
     loads |= {path.stem: eplb_jax.loads.read(path) for path in options.load}
-    table = Table(title=f"gap to the bound, 10^-4, jax {jax.__version__}", title_justify="left")
+    table = Table(title=f"gap to the bound, 1e-4, jax {jax.__version__}", title_justify="left")
     for column in ("load", "slots / GPUs", *options.strategies):
         table.add_column(column, justify="left" if column == "load" else "right")
     for kind, shapes in SHAPES.items():
@@ -135,7 +136,9 @@ def main() -> None:
                 for strategy in options.strategies:
                     row = measure(counts, num_replicas, num_gpus, strategy, options.runs)
                     cell = f"{row['gap_median'] * 1e4:.2f} ({row['gap_p95'] * 1e4:.1f})"
-                    cells.append(cell + (f", {row['repeats']} twice" if row["repeats"] else ""))
+                    cells.append(
+                        cell + (f", {row['duplicates']} twice" if row["duplicates"] else "")
+                    )
                     if options.json:
                         described = {"load": name, "slots": num_replicas, "gpus": num_gpus,
                                      "strategy": strategy, "jax": jax.__version__,

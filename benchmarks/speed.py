@@ -1,16 +1,16 @@
-"""Time, memory and balance of whole plans, ours beside what others run, in one table a shape.
+"""Time, memory and balance of whole plans beside what others run, one table per shape.
 
     python benchmarks/speed.py                                   # greedy, fast, auto: two minutes
     python benchmarks/speed.py --shapes all --strategies all     # everything: hours
     python benchmarks/speed.py --originals DIR                   # and packing beside DIR/NAME.py
     python benchmarks/speed.py --strategies all --plot benchmarks/pictures
 
-Loads lie on the device and plans stay there. All sides run in turn in every round, so that noise
-hits them equally; what takes longer than 0.3 s runs 3 times. "compile" is the first call less the
-median. "peak" is what XLA reserves for arguments, results and all between. `peers.py` says what
-the other sides are; theirs is the global plan of the sum of windows on every shape, on the CPU.
-On a GPU "fast K" and "auto K" are the same searches in kernels, and "as on CPU" says whether plans
-are those of the CPU, bit for bit.
+Loads are on the device and plans stay there. All sides take turns in every round, so noise affects
+them alike; what takes longer than 0.3 s runs 3 times. "compile" is the first call less the median.
+"peak" is what XLA reserves for arguments, results and temporaries. `peers.py` says what the other
+sides are; theirs is the global plan of the sum of windows on every shape, on the CPU. On a GPU
+"fast K" and "auto K" are the same searches in kernels, and "as on CPU" says whether plans are those
+of the CPU, bit for bit.
 """
 
 import argparse
@@ -33,7 +33,6 @@ from rich.console import Console
 from rich.table import Table
 
 import eplb_jax
-from eplb_jax.planning.strategies import in_kernels
 
 Row = dict[str, Any]
 
@@ -49,7 +48,7 @@ GROWTH = {  # panel: what grows, and its shapes
 
 def by_name(name: str) -> eplb_jax.Strategy:
     """The strategy; with a K at the end its form in kernels for CUDA."""
-    return in_kernels(name[:-2]) if name.endswith(" K") else eplb_jax.STRATEGIES[name]
+    return eplb_jax.in_kernels(name[:-2]) if name.endswith(" K") else eplb_jax.STRATEGIES[name]
 
 
 def sides(shape: Shape, load: np.ndarray, strategies: Iterable[str]) -> Calls:
@@ -87,7 +86,7 @@ def measure(shape: Shape, strategies: list[str], repeat: int) -> list[Row]:
         side = f"{name}, global" if peer and shape.policy != "global" else name
         row: Row = {"shape": str(shape), "side": side, "peer": peer}
         row |= {"run_ms": 1e3 * steady, "least_ms": 1e3 * least}
-        row |= {"repeats": peers.repeats(plans[name], shape.gpus)}
+        row |= {"duplicates": peers.duplicates(plans[name], shape.gpus)}
         row["imbalance"] = float(peers.imbalance(load, plans[name], shape.gpus).mean())
         if "heap_lpt" in times:
             row["x_heap_lpt"] = steady / times["heap_lpt"].steady
@@ -145,7 +144,7 @@ SPEED = {  # column: key of the row, format
     "x heap LPT": ("x_heap_lpt", "{:.2f}"),
     "peak MiB": ("peak_mib", "{:.1f}"),
     "imbalance": ("imbalance", "{:.4%}"),
-    "twice on a GPU": ("repeats", "{}"),
+    "twice on a GPU": ("duplicates", "{}"),
     "as on CPU": ("as_on_cpu", "{}"),
 }
 PACKING = {
