@@ -27,7 +27,7 @@ def bound_labels(label: Int32[Array, " n"], most: int) -> Int32[Array, " n"]:
     return jnp.zeros_like(label).at[order].set(bounded)
 
 
-class _Packs(NamedTuple):
+class _Contents(NamedTuple):
     """Carry of `separate`: the item in every position, its label and its weight."""
 
     contents: Int32[Array, "m c"]
@@ -48,11 +48,11 @@ def separate(
     there are items beyond the first of their label settle every layer that such exchanges can
     settle. O(n c) a step; packings without duplicates are returned as they are.
     """
-    start = _Packs(contents, label[contents], units[contents])
+    start = _Contents(contents, label[contents], units[contents])
     return lax.fori_loop(0, steps, _separate_one, start).contents
 
 
-def _separate_one(i: Array | int, packs: _Packs) -> _Packs:
+def _separate_one(i: Array | int, packs: _Contents) -> _Contents:
     _, label, value = packs
     num_packs, capacity = label.shape
     position = jnp.arange(capacity, dtype=jnp.int32)
@@ -81,4 +81,4 @@ def _separate_one(i: Array | int, packs: _Packs) -> _Packs:
         after = jnp.where(slot == one, flat[other], jnp.where(slot == other, flat[one], flat))
         return jnp.where(good, after, flat).reshape(x.shape)
 
-    return _Packs(*(exchange(x) for x in packs))
+    return _Contents(*(exchange(x) for x in packs))
