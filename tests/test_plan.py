@@ -143,7 +143,11 @@ def test_gpus_that_hold_more_slots_than_there_are_experts():
 
 @pytest.mark.parametrize(
     ("slots", "gpus", "median", "worst"),
-    [(9, 32, 1e-4, 3e-4), (4, 72, 1e-3, 3e-3), (3, 96, 5e-3, 1e-2)],
+    [
+        (9, 32, 1e-4, 3e-4),
+        pytest.param(4, 72, 1e-3, 3e-3, marks=pytest.mark.quality),
+        pytest.param(3, 96, 5e-3, 1e-2, marks=pytest.mark.quality),
+    ],
 )
 def test_auto_is_near_the_proven_optimum(slots, gpus, median, worst):
     load, topology = measured_load(), Topology(gpus, slots=slots)
@@ -154,6 +158,7 @@ def test_auto_is_near_the_proven_optimum(slots, gpus, median, worst):
     np.testing.assert_array_equal(duplicates(result.phy2log, gpus), 0)
 
 
+@pytest.mark.quality
 def test_strategies_from_fast_to_best_balance_better():
     load, topology = eplb_jax.loads.example()[0, ::4, :64], Topology(8, slots=9)
     plans = [plan(load, topology, strategy=x) for x in ("fast", "auto", "best")]

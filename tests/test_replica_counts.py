@@ -70,6 +70,7 @@ def test_most_of_the_way_to_the_optimum(e, r):
     assert np.mean(before > optimum * 1.001) > 0.1  # there was something to gain
 
 
+@pytest.mark.quality
 def test_counts_of_many_experts_fold_better():
     load = lognormal(6, 256, sigma=0.5)
     before, reached = (max_load(load, 320, x) for x in (PLAIN, "auto"))
@@ -84,6 +85,7 @@ def test_no_expert_gets_more_than_there_are_gpus():
     np.testing.assert_array_equal(duplicates(plan.phy2log, 8), 0)
 
 
+@pytest.mark.quality
 def test_with_three_slots_the_counts_that_pack_best():
     load = lognormal(12, 64)
     one = dataclasses.replace(AUTO, counts=dataclasses.replace(AUTO.counts, divisors=1))

@@ -115,6 +115,7 @@ def test_next_windows_of_gpt_oss():
     assert np.mean(split) < 0.3 * np.mean(even)
 
 
+@pytest.mark.quality
 def test_next_windows_of_v2_lite():
     """At most 0.6 of the even split's imbalance."""
     trace = eplb_jax.loads.example("deepseek_v2_lite")

@@ -175,6 +175,7 @@ def test_the_most_loaded_packs_of_windows_are_lowered_in_turn():
     assert sums[1].max(axis=1).sum() < sums[0].max(axis=1).sum()
 
 
+@pytest.mark.quality
 def test_plans_of_windows_hold_better_on_the_next_than_those_of_the_last():
     trace, topology = eplb_jax.loads.example("gpt_oss_20b")[:16, ::4], Topology(8, slots=5)
     planners = {
