@@ -1,6 +1,5 @@
 """Bounds against the optimum of tiny instances, found by trying everything."""
 
-import functools
 import itertools
 
 import jax
@@ -9,7 +8,7 @@ import pytest
 
 from eplb_jax import Topology, balanced_packing, packing_bound, plan_bound
 from eplb_jax.evaluation.metrics import balance, gap
-from tests.helpers import lognormal, pack_loads
+from tests.helpers import lognormal, pack_loads, packings
 
 
 def kinds(layers, n, seed=0):
@@ -22,22 +21,6 @@ def kinds(layers, n, seed=0):
         rng.integers(1, 20, (layers, n)) * rng.integers(0, 2, (layers, n)),
     ]
     return np.concatenate(drawn).astype(np.float32)
-
-
-@functools.cache
-def packings(n, m):
-    """Every way to fill m packs alike, [ways, m, n / m]."""
-
-    def ways(items):
-        if not items:
-            yield ()
-            return
-        for rest in itertools.combinations(items[1:], n // m - 1):
-            left = [x for x in items[1:] if x not in rest]
-            for others in ways(left):
-                yield ((items[0], *rest), *others)
-
-    return np.array(list(ways(tuple(range(n)))))
 
 
 @pytest.mark.parametrize(("n", "m"), [(6, 2), (8, 4), (9, 3), (10, 2), (12, 3)])

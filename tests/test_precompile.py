@@ -45,9 +45,12 @@ def test_windows_and_the_plan_in_place():
 def test_calls_compile_nothing(caplog):
     plan = eplb_jax.precompile((3, 16), TOPOLOGY, strategy="greedy")
     plan(lognormal(3, 16))
+    held = eplb_jax.precompile((3, 16), TOPOLOGY, strategy="greedy", with_previous=True)
+    old = np.resize(np.arange(16), (3, 20))
     with jax.log_compiles(), warnings.catch_warnings(record=True), caplog.at_level("WARNING"):
         plan(lognormal(3, 16, seed=1))
         plan((lognormal(3, 16, seed=2) * 100).astype(np.int64))
+        held(lognormal(3, 16), old)
         assert "ompil" not in caplog.text
         jax.jit(lambda x: x + 3)(1)
         assert "ompil" in caplog.text  # so a compilation would have been seen

@@ -15,16 +15,7 @@ from eplb_torch import backend
 
 from tests import torch_oracle
 from tests.helpers import lognormal
-
-COUNTS = 48, 4, 2, 8
-LOAD = torch.from_numpy(lognormal(3, 32))
-OLD = torch.arange(48).repeat(3, 1) % 32
-
-
-def assert_equal(ours, theirs):
-    for one, other in zip(ours, theirs, strict=True):
-        assert one.dtype == torch.int64
-        assert torch.equal(one, other)
+from tests.test_torch import COUNTS, LOAD, assert_equal
 
 
 def in_a_new_process(script):

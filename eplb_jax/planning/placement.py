@@ -120,23 +120,31 @@ def check_placement(placement: Placement) -> None:
     if logcnt.ndim == 1:
         phy2log, log2phy, logcnt = phy2log[None], log2phy[None], logcnt[None]
     num_slots, num_experts = phy2log.shape[1], logcnt.shape[1]
-    for layer, (experts, listed) in enumerate(zip(phy2log, log2phy, strict=True)):
-        if not np.all((experts >= 0) & (experts < num_experts)):
-            raise ValueError(
-                f"phy2log of layer {layer} names an expert outside 0..{num_experts - 1}"
-            )
-        count = np.bincount(experts, minlength=num_experts)
-        if not np.array_equal(count, logcnt[layer]):
-            raise ValueError(f"logcnt of layer {layer} does not count the replicas in phy2log")
-        if not np.all(count):
-            raise ValueError(f"layer {layer} has no slot for expert {int(np.argmin(count))}")
-        if not np.array_equal(listed >= 0, np.arange(listed.shape[1]) < count[:, None]):
-            raise ValueError(f"log2phy of layer {layer} lists another number of slots than logcnt")
-        expert, column = np.nonzero(listed >= 0)
-        slots = listed[expert, column]
-        complete = np.unique(slots).size == num_slots and slots.max() < num_slots
-        if not complete or not np.array_equal(experts[slots], expert):
-            raise ValueError(f"log2phy of layer {layer} is not the inverse of phy2log")
+
+    def require(valid: np.ndarray, message: str) -> None:
+        """Raise for the first layer that is not valid."""
+        for layer in np.flatnonzero(~valid)[:1]:
+            raise ValueError(message.format(layer=layer))
+
+    known = (phy2log >= 0) & (phy2log < num_experts)
+    message = f"names an expert outside 0..{num_experts - 1}"
+    require(known.all(axis=1), f"phy2log of layer {{layer}} {message}")
+    layer = np.arange(len(phy2log))[:, None]
+    count = np.bincount((layer * num_experts + phy2log).ravel(), minlength=logcnt.size)
+    count = count.reshape(logcnt.shape)
+    equal = (count == logcnt).all(axis=1)
+    require(equal, "logcnt of layer {layer} does not count the replicas in phy2log")
+    for i, expert in np.argwhere(count == 0)[:1]:
+        raise ValueError(f"layer {i} has no slot for expert {expert}")
+    listed = log2phy >= 0
+    equal = (listed == (np.arange(log2phy.shape[2]) < count[:, :, None])).all(axis=(1, 2))
+    require(equal, "log2phy of layer {layer} lists another number of slots than logcnt")
+    # Every expert lists as many slots as it has: each slot must come once, and be of its expert.
+    slot = log2phy[listed].reshape(phy2log.shape)
+    expert = np.repeat(np.arange(count.size), count.ravel()).reshape(phy2log.shape) % num_experts
+    inverse = np.sort(slot, axis=1) == np.arange(num_slots)
+    inverse &= phy2log[layer, np.minimum(slot, num_slots - 1)] == expert
+    require(inverse.all(axis=1), "log2phy of layer {layer} is not the inverse of phy2log")
 
 
 @jax.jit

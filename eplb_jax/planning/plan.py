@@ -153,7 +153,7 @@ def rebalance_experts(
     References:
         DeepSeek-AI, EPLB (github.com/deepseek-ai/EPLB): the function of this name.
     """
-    load = as_load(weight, "weight", least_axes=2, check=options.get("check", True))
+    load = as_load(weight, "weight", least_axes=2, check=options.pop("check", True))
     num_replicas = as_count("num_replicas", num_replicas)
     num_gpus, num_nodes = as_count("num_gpus", num_gpus), as_count("num_nodes", num_nodes)
     check_multiple("num_replicas", num_replicas, "num_gpus", num_gpus, least=load.shape[-1])
@@ -184,7 +184,7 @@ def plan_replicas(load: LoadLike, topology: Topology, **options: Any) -> Replica
         >>> plan_replicas([[90, 30, 20, 10]], Topology(3, slots=2)).rank.tolist()
         [[1, 1, 0, 0, 0, 0]]
     """
-    array = as_load(load, "load", check=options.get("check", True))
+    array = as_load(load, "load", check=options.pop("check", True))
     if array.ndim > 1:
         return _plan_replicas(array, topology, "load", **options)
     if options.get("previous") is not None:
@@ -205,10 +205,8 @@ def _plan_replicas(
     previous: Placement | LoadLike | None = None,
     max_moves: int | None = None,
     move_penalty: float | None = None,
-    check: bool = True,
 ) -> Replication:
     """The checks of `plan`, and the choice of what to run. Loads are checked already."""
-    del check
     load, num_experts = merge_windows(load), load.shape[-1]
     check_topology(topology)
     hierarchical = _is_hierarchical(topology, policy, num_experts)

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Key
 
 from eplb_jax.checks import LoadLike, as_count, as_load
@@ -129,6 +130,10 @@ def precompile(
     if with_previous:
         place = partial(jax.ShapeDtypeStruct, dtype=jnp.int32, sharding=_by_layer(sharding))
         arguments.append(Placement(*(place(x) for x in _shapes(axes, topology))))  # pyright: ignore
+        # Compiles the conversion of a map, too.
+        num_layers, num_experts = axes[-2:]
+        slots = np.resize(np.arange(num_experts), (num_layers, topology.num_replicas))
+        as_placement(slots, "previous", num_experts)
     executable = jax.jit(make).lower(*arguments).compile()
     return CompiledPlan(axes, topology, with_previous, executable, sharding)
 
