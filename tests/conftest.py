@@ -24,3 +24,10 @@ import tests.typecheck  # noqa: F401  the hook looks it up
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 install_import_hook("eplb_jax", "tests.typecheck.check")
+
+FLAGS = os.environ["XLA_FLAGS"]
+
+
+def pytest_collection_finish():
+    """No module that was collected has changed the flags: three times the time otherwise."""
+    assert os.environ["XLA_FLAGS"] == FLAGS

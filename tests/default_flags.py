@@ -1,16 +1,14 @@
 """The same plans, bit for bit, however they are computed; run at XLA's default flags.
 
-python tests/default_flags.py            # all checks; prints a hash of the plans
-python tests/default_flags.py --eager    # the hash alone, of eager calls
+export XLA_FLAGS=--xla_force_host_platform_device_count=8
+python tests/default_flags.py              # all checks; prints a hash of the plans of each case
+python tests/default_flags.py auto greedy  # only the hashes of these cases
 """
 
 import hashlib
-import os
 import sys
 from functools import partial
 from pathlib import Path
-
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 
 import jax
 import jax.numpy as jnp
