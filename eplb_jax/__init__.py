@@ -6,6 +6,7 @@ everything else is private and changes without notice. Axes are named in `eplb_j
 - `plan` chooses the expert of every physical slot for a `Topology`; `rebalance_experts` is its
   DeepSeek form, `precompile` makes it ready ahead of time. `balanced_packing` and
   `replicate_experts` are its two halves.
+- `History` keeps what a service has seen in bounded space: `init_history`, `update_history`.
 - `metrics` measures plans; `plan_bound` and `packing_bound` are proven lower bounds.
 - `moves` says what leads from one plan to another, `decide` whether it is worth it.
 - `runtime` is for use inside a running model.
@@ -32,6 +33,9 @@ from eplb_jax.evaluation.replay import replay as replay
 from eplb_jax.packing.balanced_packing import balanced_packing as balanced_packing
 from eplb_jax.packing.bounds import packing_bound as packing_bound
 from eplb_jax.planning.bounds import plan_bound as plan_bound
+from eplb_jax.planning.history import History as History
+from eplb_jax.planning.history import init_history as init_history
+from eplb_jax.planning.history import update_history as update_history
 from eplb_jax.planning.placement import check_placement as check_placement
 from eplb_jax.planning.placement import placement_of as placement_of
 from eplb_jax.planning.plan import Policy as Policy

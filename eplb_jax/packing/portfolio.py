@@ -35,8 +35,8 @@ class Portfolio(Exchanges):
     and at the end `peaks` of `Peak`. With up to 5 items a pack and 128 in total, the steps are
     taken from 2 to 4 random keys, and the best packing is kept.
 
-    With several windows: 3 x `rounds`, 8 x with up to 128 items in total, with 1-swaps, and with
-    2-swaps for 4 or 5 items a pack.
+    With several windows: 3 x `rounds`, up to 8 x, m / 2, with up to 128 items in total, with 1-swaps,
+    and with 2-swaps for 4 or 5 items a pack.
     """
 
     columns: int
@@ -52,7 +52,8 @@ class Portfolio(Exchanges):
         num_windows, capacity, num_packs = state.value.shape
         columns = self.columns >> (capacity - 3) if 3 <= capacity <= 5 and num_windows == 1 else 0
         if num_windows > 1:
-            rounds = self.rounds * (8 if capacity * num_packs <= 128 else 3)
+            few = capacity * num_packs <= 128
+            rounds = self.rounds * (min(max(num_packs // 2, 3), 8) if few else 3)
             pairs = Pairs(rounds, 4 <= capacity <= 5)
         else:
             rounds = self.rounds * _MORE_ROUNDS.get(capacity, 1)

@@ -13,6 +13,7 @@ from eplb_jax.packing.duplicates import count_duplicates
 from eplb_jax.packing.objectives import best
 from eplb_jax.packing.search import packs, score_windows
 from eplb_jax.planning.forecast import Forecast, forecast_of
+from eplb_jax.planning.history import History
 from eplb_jax.planning.placement import count_replicas
 from eplb_jax.planning.replication import counts_over_windows, list_replicas, replicate
 from eplb_jax.planning.strategies import Strategy
@@ -23,7 +24,8 @@ from eplb_jax.types import Replication, Topology
 @by_layers
 @partial(jax.jit, static_argnames=("topology", "strategy"))
 def fresh_plan(
-    load: Float[Array, "*T L E"],
+    load: Float[Array, "*T L E"] | History,
+    weights: Float[Array, " T"] | None,
     key: Key[Array, ""] | None,
     *,
     topology: Topology,
@@ -31,7 +33,7 @@ def fresh_plan(
 ) -> Replication:
     """A plan from loads alone; hierarchical where the topology has several nodes."""
     num_nodes, num_groups = topology.num_nodes, topology.num_groups
-    forecast = forecast_of(load, summed=not strategy.distinct)
+    forecast = forecast_of(load, weights, summed=not strategy.distinct)
     num_layers, num_experts = forecast.load.shape
     group_key, gpu_key = jax.random.split(fixed_if_none(key))
 
@@ -74,7 +76,7 @@ def _place_in_node(
     # More replicas than GPUs would put an expert twice on one and serve it no better.
     most = num_gpus if num_replicas <= num_experts * num_gpus else None
     if forecast.above is not None:
-        counts = counts_over_windows(load, forecast.above, num_replicas, most)
+        counts = counts_over_windows(load, forecast.above, num_replicas, num_gpus, most)
     elif strategy.counts is not None:
         counts = strategy.counts.candidates(load, num_replicas, num_gpus, most)
     else:

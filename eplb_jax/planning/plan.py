@@ -19,7 +19,8 @@ from eplb_jax.checks import (
     check_multiple,
 )
 from eplb_jax.packing.balanced_packing import check_size
-from eplb_jax.planning.forecast import forecast_of, merge_windows
+from eplb_jax.planning.forecast import forecast_of
+from eplb_jax.planning.history import History
 from eplb_jax.planning.per_node import fresh_plan
 from eplb_jax.planning.placement import (
     as_placement,
@@ -39,9 +40,10 @@ Policy = Literal["auto", "global", "hierarchical"]
 
 
 def plan(
-    load: LoadLike,
+    load: LoadLike | History,
     topology: Topology,
     *,
+    weights: LoadLike | Literal["equal"] | None = None,
     policy: Policy = "auto",
     strategy: str | Strategy = "auto",
     key: Key[Array, ""] | None = None,
@@ -52,10 +54,12 @@ def plan(
 ) -> Placement:
     """Choose the expert of every physical slot, from measured loads.
 
-    Given several past windows, the plan is made for the next one: GPUs are balanced in every
-    window and in a prediction (see `eplb_jax.planning.forecast`). Windows are scaled to equal
-    weight; all-zero windows are ignored. Strategies whose refinement does not use windows (all but
-    "auto", "fast" and "best") plan for their weighted mean, and "greedy" for their sum.
+    Given several past windows or a history, the plan is made for the next one: GPUs are balanced in
+    every window and in a prediction (see `eplb_jax.planning.forecast`). A window weighs by its
+    evidence: its tokens, as far as sampling noise explains how windows differ, or as much as any
+    other where traffic does; all-zero windows say nothing. Strategies whose refinement does not use
+    windows (all but "auto", "fast" and "best") plan for their weighted mean, "greedy" for their
+    sum.
 
     The hierarchical policy keeps every group of experts on one node, as group-limited routing
     wants it: it packs groups to nodes, gives every node the same number of spare slots, and packs
@@ -71,10 +75,11 @@ def plan(
 
     Args:
         load: Tokens per expert in any unit: [L, E], [T, L, E] of T past windows, oldest first, or
-            [E] of one layer. Anything `jnp.asarray` takes. More than 16 windows are merged into
-            16, consecutive ones added up.
+            [E] of one layer. Anything `jnp.asarray` takes. Or an `eplb_jax.History`; more than 8
+            windows are planned for as the history after them.
         topology: GPUs, slots, nodes and groups; num_groups divides E, and there are at least E
             slots. The hierarchical policy needs num_nodes to divide num_groups.
+        weights: Weight of every window, [T], or "equal"; None: by evidence. A history has its own.
         policy: "global", "hierarchical", or "auto": hierarchical exactly if num_nodes divides
             num_groups.
         strategy: How hard to search: a name from `eplb_jax.STRATEGIES` or a `Strategy`.
@@ -100,8 +105,9 @@ def plan(
     Raises:
         TypeError: An argument is of the wrong kind.
         ValueError: Load, topology and policy do not fit, a name is not known, a load is NaN,
-            infinite or negative, `previous` has another shape or lacks an expert, or `max_moves`
-            or `move_penalty` is negative or given without `previous`.
+            infinite or negative, `previous` has another shape or lacks an expert, `max_moves` or
+            `move_penalty` is negative or given without `previous`, or `weights` are not one
+            positive sum for the windows of an array.
 
     Example:
         >>> result = plan([[90, 30, 20, 10]], Topology(3, slots=2))
@@ -111,13 +117,14 @@ def plan(
     References:
         DeepSeek-AI, EPLB (github.com/deepseek-ai/EPLB): `rebalance_experts`.
     """
-    options = {"policy": policy, "strategy": strategy, "key": key, "check": check}
+    options = {"weights": weights, "policy": policy, "strategy": strategy, "key": key}
+    options["check"] = check
     options |= {"previous": previous, "max_moves": max_moves, "move_penalty": move_penalty}
     return place(plan_replicas(load, topology, **options))
 
 
 def rebalance_experts(
-    weight: LoadLike,
+    weight: LoadLike | History,
     num_replicas: int,
     num_groups: int,
     num_nodes: int,
@@ -129,7 +136,7 @@ def rebalance_experts(
     """`plan` with DeepSeek's arguments, names and order.
 
     Args:
-        weight: The load of `plan`, [L, E] or [T, L, E].
+        weight: The load of `plan`, [L, E] or [T, L, E], or a history.
         num_replicas: R, physical slots of a layer; a multiple of num_gpus, at least E.
         num_groups: Groups of consecutive experts; divides E.
         num_nodes: N; divides num_gpus and, for the hierarchical policy, num_groups.
@@ -153,10 +160,10 @@ def rebalance_experts(
     References:
         DeepSeek-AI, EPLB (github.com/deepseek-ai/EPLB): the function of this name.
     """
-    load = as_load(weight, "weight", least_axes=2, check=options.pop("check", True))
+    load = _as_load(weight, "weight", least_axes=2, check=options.pop("check", True))
     num_replicas = as_count("num_replicas", num_replicas)
     num_gpus, num_nodes = as_count("num_gpus", num_gpus), as_count("num_nodes", num_nodes)
-    check_multiple("num_replicas", num_replicas, "num_gpus", num_gpus, least=load.shape[-1])
+    check_multiple("num_replicas", num_replicas, "num_gpus", num_gpus, least=_shape_of(load)[1])
     num_groups = as_count("num_groups", num_groups)
     if num_gpus % num_nodes and resolve_policy(policy, num_groups, num_nodes) == "global":
         num_nodes = 1  # the global policy needs no nodes
@@ -164,7 +171,7 @@ def rebalance_experts(
     return place(_plan_replicas(load, topology, "weight", policy=policy, **options))
 
 
-def plan_replicas(load: LoadLike, topology: Topology, **options: Any) -> Replication:
+def plan_replicas(load: LoadLike | History, topology: Topology, **options: Any) -> Replication:
     """`plan`, with the rank of every replica in place of the large `log2phy`.
 
     Args:
@@ -184,8 +191,8 @@ def plan_replicas(load: LoadLike, topology: Topology, **options: Any) -> Replica
         >>> plan_replicas([[90, 30, 20, 10]], Topology(3, slots=2)).rank.tolist()
         [[1, 1, 0, 0, 0, 0]]
     """
-    array = as_load(load, "load", check=options.pop("check", True))
-    if array.ndim > 1:
+    array = _as_load(load, "load", check=options.pop("check", True))
+    if isinstance(array, History) or array.ndim > 1:
         return _plan_replicas(array, topology, "load", **options)
     if options.get("previous") is not None:
         old = as_placement(options["previous"], "previous", array.size)
@@ -194,11 +201,43 @@ def plan_replicas(load: LoadLike, topology: Topology, **options: Any) -> Replica
     return Replication(*(x[0] for x in one))
 
 
+def _as_load(value: LoadLike | History, name: str, **options: Any) -> Array | np.ndarray | History:
+    """`as_load`, which a history needs not."""
+    return value if isinstance(value, History) else as_load(value, name, **options)
+
+
+def _shape_of(load: Array | np.ndarray | History) -> tuple[int, int]:
+    """Layers and experts."""
+    array = load.current if isinstance(load, History) else load
+    return array.shape[-2], array.shape[-1]
+
+
+def _as_weights(
+    weights: LoadLike | Literal["equal"] | None, load: Array | np.ndarray | History
+) -> Float[Array, " T"] | None:
+    """The weight of every window of an array of windows; None: by evidence."""
+    if weights is None or (not isinstance(load, History) and load.ndim < 3):
+        if weights is None or (isinstance(weights, str) and weights == "equal"):
+            return None
+        raise ValueError(f"weights are of windows [T, L, E], but load has {load.ndim} axes")
+    if isinstance(load, History):
+        raise ValueError("weights must be None for a history, whose windows have their own")
+    if isinstance(weights, str):
+        if weights != "equal":
+            raise ValueError(f'weights={weights!r} is not known; nearest: weights="equal"')
+        return jnp.ones(len(load), jnp.float32)
+    array = jnp.asarray(as_load(weights, "weights", ("window",)))
+    if array.shape != load.shape[:1]:
+        raise ValueError(f"weights must have the shape {load.shape[:1]}, got {array.shape}")
+    return array
+
+
 def _plan_replicas(
-    load: Array | np.ndarray,
+    load: Array | np.ndarray | History,
     topology: Topology,
     name: str,
     *,
+    weights: LoadLike | Literal["equal"] | None = None,
     policy: Policy = "auto",
     strategy: str | Strategy = "auto",
     key: Key[Array, ""] | None = None,
@@ -207,33 +246,30 @@ def _plan_replicas(
     move_penalty: float | None = None,
 ) -> Replication:
     """The checks of `plan`, and the choice of what to run. Loads are checked already."""
-    load, num_experts = merge_windows(load), load.shape[-1]
+    num_layers, num_experts = _shape_of(load)
     check_topology(topology)
     hierarchical = _is_hierarchical(topology, policy, num_experts)
     search = topology if hierarchical else Topology(topology.num_gpus, topology.slots)
-    fresh = partial(
-        fresh_plan, load, as_key(key), topology=search, strategy=resolve_strategy(strategy)
-    )
+    seen = load, _as_weights(weights, load), as_key(key)
+    fresh = partial(fresh_plan, *seen, topology=search, strategy=resolve_strategy(strategy))
     if previous is None:
         for limit, value in (("max_moves", max_moves), ("move_penalty", move_penalty)):
             if value is not None:
                 raise ValueError(f"{limit} needs previous, the plan in place, got None")
         return fresh()
     old = as_placement(previous, "previous", num_experts)
-    wanted = load.shape[-2], topology.num_replicas
+    wanted = num_layers, topology.num_replicas
     if old.phy2log.shape != wanted or old.logcnt.shape[-1] != num_experts:
         raise ValueError(
             f"previous must have the shape [layers, slots] = {wanted} and {num_experts} experts, "
-            f"got {old.phy2log.shape} and {old.logcnt.shape[-1]} for a {name} of {load.shape}"
+            f"got {old.phy2log.shape} and {old.logcnt.shape[-1]} beside {name}"
         )
     nodes = {"topology": topology, "hierarchical": hierarchical}
     if max_moves is None and move_penalty is None:
         return relabel(fresh(), old.phy2log, **nodes)
     most = as_limit("max_moves", topology.num_replicas if max_moves is None else max_moves)
     penalty = as_penalty("move_penalty", 0.0 if move_penalty is None else move_penalty)
-    return _limited(
-        load, as_key(key), old, most, penalty, strategy=resolve_strategy(strategy), **nodes
-    )
+    return _limited(*seen, old, most, penalty, strategy=resolve_strategy(strategy), **nodes)
 
 
 def resolve_policy(
@@ -264,7 +300,8 @@ def _is_hierarchical(topology: Topology, policy: Policy, num_experts: int) -> bo
 @by_layers
 @partial(jax.jit, static_argnames=("topology", "hierarchical", "strategy"))
 def _limited(
-    load: Float[Array, "*T L E"],
+    load: Float[Array, "*T L E"] | History,
+    weights: Float[Array, " T"] | None,
     key: Key[Array, ""] | None,
     old: Placement,
     max_moves: Int32[Array, ""],
@@ -280,13 +317,13 @@ def _limited(
     limits. With several windows, such a plan would fit them better and the next window worse: the
     old plan was made from windows before them.
     """
-    forecast = forecast_of(load, summed=not strategy.distinct)
+    forecast = forecast_of(load, weights, summed=not strategy.distinct)
     nodes = {"topology": topology, "hierarchical": hierarchical}
     windows = forecast.load[:, None] if forecast.windows is None else forecast.windows
     expert, cost = improve_plan(windows, old.phy2log, max_moves, penalty, **nodes)
     if forecast.windows is None:
         search = topology if hierarchical else Topology(topology.num_gpus, topology.slots)
-        new = fresh_plan(load, key, topology=search, strategy=strategy)
+        new = fresh_plan(load, weights, key, topology=search, strategy=strategy)
         fresh = relabel(new, old.phy2log, **nodes).phy2log
         moves, fresh_cost = plan_cost(windows, fresh, old.phy2log, penalty, topology=topology)
         better = (moves <= max_moves) & (fresh_cost < cost)

@@ -92,21 +92,27 @@ def list_replicas(logcnt: Int32[Array, "L E"], num_phy: int) -> Replication:
     return Replication(phy2log, slot[None] - along(first, phy2log, 1), logcnt)
 
 
-_MARGINS = (0.5, 1.0, 0.75, 1.5)
+_MARGINS = (1.0, 0.5, 0.75, 1.5)
 """Shares of an expert's peak over its mean that are added to its load."""
 
 _FEW = 128
-"""Number of slots up to which all margins are tried."""
+"""Number of slots up to which all margins are tried for two or three slots a GPU. With more slots
+or more of them a GPU none of them is better than the first."""
 
 
 def counts_over_windows(
-    load: Float[Array, "L E"], above: Float[Array, "L E"], num_replicas: int, most: int | None
+    load: Float[Array, "L E"],
+    above: Float[Array, "L E"],
+    num_replicas: int,
+    num_gpus: int,
+    most: int | None,
 ) -> Int32[Array, "L k E"]:
     """Replica counts to choose from by packing them over windows.
 
     Each are the greedy counts for the mean load plus a share of `above`, the peak over it: a
     missing replica costs more than an idle one.
     """
-    margins = _MARGINS if num_replicas <= _FEW else _MARGINS[:1]
+    several = num_replicas <= _FEW and num_replicas <= 3 * num_gpus
+    margins = _MARGINS if several else _MARGINS[:1]
     counts = [replicate(load + unfused(k * above), num_replicas, most).logcnt for k in margins]
     return jnp.stack(counts, axis=1)

@@ -4,7 +4,7 @@ Pure functions, traced in the caller's model. A plan is a pytree of arrays there
 compiles nothing.
 
 - `expert_counts`, `expert_counts_from_slots` and `slot_to_expert_counts` count the tokens of
-  experts; `init_history` and `update_history` keep the loads of past windows for `eplb_jax.plan`.
+  experts, for `eplb_jax.update_history`.
 - `to_physical` turns the experts of a router into slots; `nearest_replica` and `split_load` make
   the tables for two of its choices.
 - `relocate` moves weights and optimizer state from plan to plan, some layers at a time with
@@ -12,12 +12,9 @@ compiles nothing.
 - `sum_replicas` and `mask_replicas` keep training exact where experts have replicas.
 """
 
-from eplb_jax.runtime.counting import LoadHistory as LoadHistory
 from eplb_jax.runtime.counting import expert_counts as expert_counts
 from eplb_jax.runtime.counting import expert_counts_from_slots as expert_counts_from_slots
-from eplb_jax.runtime.counting import init_history as init_history
 from eplb_jax.runtime.counting import slot_to_expert_counts as slot_to_expert_counts
-from eplb_jax.runtime.counting import update_history as update_history
 from eplb_jax.runtime.nearest import nearest_replica as nearest_replica
 from eplb_jax.runtime.relocation import Relocated as Relocated
 from eplb_jax.runtime.relocation import relocate as relocate

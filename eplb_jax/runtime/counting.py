@@ -1,13 +1,12 @@
 """Loads of experts, counted inside a running model."""
 
 from functools import partial
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Bool, Float, Int32, Integer, Num
+from jaxtyping import Array, Bool, Int32, Integer, Num
 from numpy.typing import ArrayLike
 
 from eplb_jax.checks import LoadLike, as_count, as_experts
@@ -24,7 +23,8 @@ def expert_counts(
 ) -> Int32[Array, " E"]:
     """The number of tokens that a router sends to every logical expert of a layer.
 
-    Exact up to 2^31 - 1 tokens per expert and call; `update_history` adds calls without overflow.
+    Exact up to 2^31 - 1 tokens per expert and call; `eplb_jax.update_history` adds calls without
+    overflow.
 
     Args:
         ids: Routed experts, of any shape. Ids that are negative, or not below E, are not counted.
@@ -153,79 +153,3 @@ def slot_to_expert_counts(
     add_all = jnp.vectorize(add, signature="(r),(r)->(e)")
     load = under_auto(add_all, PartitionSpec(*spec_of(counts)[:-1]), counts, experts)
     return load if axis_name is None else lax.psum(load, axis_name)
-
-
-class LoadHistory(NamedTuple):
-    """The loads of the last windows, a part of the state of a model.
-
-    Attributes:
-        windows: Complete windows, oldest first, as `eplb_jax.plan` takes them; zeros, which it
-            ignores, where there are none yet.
-        current: The sum over the current window.
-        rest: The rounding error of current.
-        steps: Number of steps in the current window.
-    """
-
-    windows: Float[Array, "T L E"]
-    current: Float[Array, "L E"]
-    rest: Float[Array, "L E"]
-    steps: Int32[Array, ""]
-
-
-def init_history(num_windows: int, num_layers: int, num_experts: int) -> LoadHistory:
-    """An empty history of T windows of L layers and E experts."""
-    num_windows = as_count("num_windows", num_windows)
-    shape = as_count("num_layers", num_layers), as_count("num_experts", num_experts)
-    windows = jnp.zeros((num_windows, *shape), jnp.float32)
-    # Two arrays, so that a caller can donate both.
-    current, rest = (jnp.zeros(shape, jnp.float32) for _ in range(2))
-    return LoadHistory(windows, current, rest, jnp.zeros((), jnp.int32))
-
-
-def update_history(
-    past: LoadHistory, load: Num[Array, "L E"], steps_per_window: int = 1
-) -> LoadHistory:
-    """The history after one more step.
-
-    Sums neither overflow nor stop growing: they are float32 with the rounding error kept beside
-    them, correct to 2^-24 for any number of steps per window.
-
-    Args:
-        past: The history so far.
-        load: Loads of this step, float32 or int32.
-        steps_per_window: Number of steps of a window; when it is complete, the oldest is dropped.
-
-    Raises:
-        ValueError: The load has another shape, or steps_per_window is less than 1.
-
-    Example:
-        >>> past = init_history(2, 1, 3)
-        >>> for step in range(4):
-        ...     past = update_history(past, jnp.array([[step, 1, 0]]), steps_per_window=2)
-        >>> past.windows.tolist()
-        [[[1.0, 2.0, 0.0]], [[5.0, 2.0, 0.0]]]
-    """
-    steps_per_window = as_count("steps_per_window", steps_per_window)
-    if load.shape != past.current.shape:
-        raise ValueError(f"load has the shape {load.shape}, the history's {past.current.shape}")
-    return _update_history(past, load, steps_per_window=steps_per_window)
-
-
-@partial(jax.jit, static_argnames="steps_per_window")
-def _update_history(
-    past: LoadHistory, load: Num[Array, "L E"], *, steps_per_window: int
-) -> LoadHistory:
-    addend = load.astype(jnp.float32) + past.rest
-    total = past.current + addend
-    # Knuth's two-sum: the rounding error of `total`.
-    gained = total - past.current
-    rest = (past.current - (total - gained)) + (addend - gained)
-    steps = past.steps + 1
-    complete = steps >= steps_per_window
-    windows = jnp.concatenate([past.windows[1:], total[None]])
-    return LoadHistory(
-        jnp.where(complete, windows, past.windows),
-        jnp.where(complete, 0, total),
-        jnp.where(complete, 0, rest),
-        jnp.where(complete, 0, steps),
-    )
