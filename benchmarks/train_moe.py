@@ -50,7 +50,7 @@ class State(NamedTuple):
     second: PyTree[Array]
     steps: Int32[Array, ""]
     plan: Placement
-    past: runtime.LoadHistory
+    past: eplb_jax.History
 
 
 class Run(NamedTuple):
@@ -110,14 +110,14 @@ def train_step(
         lambda x, m, v: x - rate * m / (1 - a**t) / (jnp.sqrt(v / (1 - b**t)) + 1e-6),
         *(state.params, first, second),
     )
-    past = runtime.update_history(state.past, routed.load, STEPS_PER_WINDOW)
+    past = eplb_jax.update_history(state.past, routed.load, STEPS_PER_WINDOW)
     return State(params, first, second, state.steps + 1, state.plan, past), value, routed
 
 
-def planned(past: runtime.LoadHistory, plan: Placement, *, num_gpus: int) -> Placement:
+def planned(past: eplb_jax.History, plan: Placement, *, num_gpus: int) -> Placement:
     """The next plan; every device makes the same."""
     topology = eplb_jax.Topology.of_replicas(plan.phy2log.shape[1], num_gpus)
-    return eplb_jax.plan(past.windows, topology, previous=plan)
+    return eplb_jax.plan(past, topology, previous=plan)
 
 
 def moved(state: State, plan: Placement, *, mesh: Mesh) -> State:
@@ -140,7 +140,7 @@ def train(
     params, plan = moe.initial(model), jax.device_get(plan)
     params["experts"] = runtime.to_slots(params["experts"], plan, mesh, moe.AXIS)
     first, second = (jax.tree.map(np.zeros_like, params) for _ in range(2))
-    past = runtime.init_history(WINDOWS, model.layers, model.experts)
+    past = eplb_jax.init_history(model.layers, model.experts)
     state = State(params, first, second, jnp.zeros((), jnp.int32), plan, past)
     state = jax.device_put(state, lies)
 

@@ -6,7 +6,8 @@ everything else is private and changes without notice. Axes are named in `eplb_j
 - `plan` chooses the expert of every physical slot for a `Topology`; `rebalance_experts` is its
   DeepSeek form, `precompile` makes it ready ahead of time. `balanced_packing` and
   `replicate_experts` are its two halves.
-- `History` keeps what a service has seen in bounded space: `init_history`, `update_history`.
+- `History` keeps what a service has seen in bounded space: `init_history`, `update_history`,
+  `merge_histories`, `save_history`, `load_history`.
 - `metrics` measures plans; `plan_bound` and `packing_bound` are proven lower bounds.
 - `moves` says what leads from one plan to another, `decide` whether it is worth it.
 - `runtime` is for use inside a running model.
@@ -27,6 +28,7 @@ from eplb_jax.evaluation.decision import Decision as Decision
 from eplb_jax.evaluation.decision import decide as decide
 from eplb_jax.evaluation.metrics import Balance as Balance
 from eplb_jax.evaluation.replay import Replay as Replay
+from eplb_jax.evaluation.replay import plan_from_history as plan_from_history
 from eplb_jax.evaluation.replay import plan_from_last_window as plan_from_last_window
 from eplb_jax.evaluation.replay import plan_from_windows as plan_from_windows
 from eplb_jax.evaluation.replay import replay as replay
@@ -35,7 +37,10 @@ from eplb_jax.packing.bounds import packing_bound as packing_bound
 from eplb_jax.planning.bounds import plan_bound as plan_bound
 from eplb_jax.planning.history import History as History
 from eplb_jax.planning.history import init_history as init_history
+from eplb_jax.planning.history import merge_histories as merge_histories
 from eplb_jax.planning.history import update_history as update_history
+from eplb_jax.planning.history_files import load_history as load_history
+from eplb_jax.planning.history_files import save_history as save_history
 from eplb_jax.planning.placement import check_placement as check_placement
 from eplb_jax.planning.placement import placement_of as placement_of
 from eplb_jax.planning.plan import Policy as Policy

@@ -8,9 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-import eplb_jax
-from eplb_jax import Topology, runtime
-from tests.helpers import QUICK
+from eplb_jax import runtime
 
 IDS = np.random.default_rng(0).integers(0, 12, (64, 4))
 WANTED = np.bincount(IDS.ravel(), minlength=16)
@@ -70,44 +68,6 @@ def test_counts_are_summed_over_mesh_axes():
     np.testing.assert_array_equal(load, WANTED)
 
 
-def test_history_keeps_the_last_windows():
-    loads = np.random.default_rng(2).integers(0, 9, (10, 2, 3)).astype(np.int32)
-    past = runtime.init_history(3, 2, 3)
-    step = jax.jit(runtime.update_history, static_argnums=2, donate_argnums=0)
-    for load in loads:
-        past = step(past, load, 2)
-    np.testing.assert_array_equal(past.windows, loads.reshape(5, 2, 2, 3).sum(axis=1)[2:])
-    past = step(past, loads[0], 2)
-    np.testing.assert_array_equal(past.current, loads[0])
-    past = runtime.update_history(past, loads[1], 1)  # windows have become shorter
-    np.testing.assert_array_equal(past.windows[-1], loads[0] + loads[1])
-
-
-def test_history_neither_overflows_nor_stalls():
-    """A float32 sum alone would stop at 2^24, an int32 one wrap at 2^31."""
-    steps, huge = 300, 2**25
-    past, add = runtime.init_history(1, 1, 2), jax.jit(runtime.update_history, static_argnums=2)
-    for _ in range(steps):
-        past = add(past, jnp.array([[huge, 1]], jnp.int32), steps)
-    np.testing.assert_allclose(past.windows[0, 0], [steps * huge, steps], rtol=1e-7)
-    past = runtime.init_history(1, 1, 1)
-    past = add(past, jnp.array([[2.0**24]]), 2**30)
-    many = jax.jit(
-        lambda x: jax.lax.fori_loop(0, 1000, lambda _, y: add(y, jnp.ones((1, 1)), 2**30), x)
-    )
-    total = many(past)
-    assert float(total.current[0, 0] + total.rest[0, 0]) == 2**24 + 1000
-
-
-def test_a_fresh_history_plans_as_if_those_windows_were_not_there():
-    load = np.random.default_rng(3).lognormal(size=(1, 8)).astype(np.float32)
-    past = runtime.update_history(runtime.init_history(3, 1, 8), jnp.asarray(load))
-    plan = eplb_jax.plan(past.windows, Topology(4, 3), strategy=QUICK)
-    alone = eplb_jax.plan(np.stack([0 * load, 0 * load, load]), Topology(4, 3), strategy=QUICK)
-    np.testing.assert_array_equal(plan.phy2log, alone.phy2log)
-    assert eplb_jax.metrics.balance(load, plan, Topology(4, 3)).imbalance[0] < 0.2
-
-
 @pytest.mark.parametrize(
     ("call", "error", "says"),
     [
@@ -122,16 +82,6 @@ def test_a_fresh_history_plans_as_if_those_windows_were_not_there():
             lambda: runtime.slot_to_expert_counts(jnp.ones(3), jnp.zeros(4, jnp.int32), 2),
             ValueError,
             r"counts have the shape \(3,\), but phy2log \(4,\)",
-        ),
-        (
-            lambda: runtime.update_history(runtime.init_history(1, 2, 3), jnp.ones((3, 2))),
-            ValueError,
-            r"load has the shape \(3, 2\), the history's \(2, 3\)",
-        ),
-        (
-            lambda: runtime.update_history(runtime.init_history(1, 2, 3), jnp.ones((2, 3)), 0),
-            ValueError,
-            "steps_per_window=0",
         ),
     ],
 )

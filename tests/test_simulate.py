@@ -22,7 +22,8 @@ def trace(tmp_path):
 
 
 def simulate(trace, *arguments):
-    options = ["--replicas", 8, "--gpus", 4, "--window", 3, "--strategy", "greedy", *arguments]
+    options = ["--replicas", 8, "--gpus", 4, "--window", 3, "--memory", 0, "--strategy", "greedy"]
+    options += arguments
     return CliRunner().invoke(cli.main, ["simulate", *map(str, [trace, *options])])
 
 
@@ -109,10 +110,14 @@ def test_simulated_numbers(trace, tmp_path, arguments, every, plan, seed):
     for row in written["results"]:
         imbalance, moves = expected[row["name"]]
         np.testing.assert_allclose(row["imbalance"], imbalance, atol=1e-6)
+        tokens = load[3:].sum(axis=2)
+        lost = (imbalance * tokens).sum() / tokens.sum()
+        assert row["time_lost"] == pytest.approx(lost, rel=1e-5)
         assert row["imbalance_mean"] == pytest.approx(imbalance.mean(), rel=1e-5)
         assert row["imbalance_p95"] == pytest.approx(np.percentile(imbalance, 95), rel=1e-5)
         assert row["imbalance_worst"] == pytest.approx(imbalance.max(), rel=1e-5)
         shown = [
+            f"{lost:.2%}",
             f"{imbalance.mean():.2%}",
             f"{np.percentile(imbalance, 95):.1%}",
             f"{imbalance.max():.1%}",
@@ -125,7 +130,7 @@ def test_simulated_numbers(trace, tmp_path, arguments, every, plan, seed):
             assert row["moves_share"] == pytest.approx(moves.mean() / 8)
             assert row["plan_ms"] == pytest.approx(np.median(row["plan_seconds"]) * 1e3, abs=1e-3)
             assert len(row["plan_seconds"]) == -(-4 // every)
-            shown += [f"{moves.mean():.1f}", f"{moves.mean() / 8:.1%}"]
+            shown += [f"{moves.mean() / 8:.1%}"]
             shown += [f"{row['plan_ms']:.1f}", f"{row['compile_s']:.1f}"]
         assert " ".join([row["name"], *shown]) in lines
 

@@ -9,13 +9,11 @@ import pytest
 
 import eplb_jax
 from eplb_jax import Topology, check_placement, plan, replay
-from eplb_jax.arrays import sanitise
 from eplb_jax.evaluation.metrics import balance
 from eplb_jax.packing.items import items_of
 from eplb_jax.packing.pair_exchange import Pairs
 from eplb_jax.packing.peak_exchange import Peak
 from eplb_jax.packing.portfolio import Portfolio
-from eplb_jax.planning.forecast import MOST_WINDOWS, forecast, merge_windows
 from tests.helpers import COLLECTIVES, QUICK, assert_same, duplicates, lognormal
 
 KEY = jax.random.key(0)
@@ -27,55 +25,6 @@ def windows(count, layers=3, experts=32, sigma=0.5, seed=0):
     rng = np.random.default_rng(seed)
     change = rng.lognormal(sigma=sigma, size=(count, layers, experts))
     return (lognormal(layers, experts) * change).astype(np.float32)
-
-
-def forecast_of(trace):
-    return forecast(sanitise(jnp.moveaxis(jnp.asarray(trace), 0, 1)))
-
-
-def by_hand(trace):
-    """The forecast in float64: prediction, its weight, and the weighted mean."""
-    share = trace / trace.sum(axis=2, keepdims=True)
-    states, errors = [], []
-    for gain in (0, 1, 0.7, 0.5, 0.3, 0.15):
-        state, missed = share[0], np.zeros(share.shape[1])
-        for t in range(1, len(share)):
-            missed += np.abs(share[t] - state).sum(axis=1) * (t > 1)
-            state = state + (gain or 1 / (t + 1)) * (share[t] - state)
-        states.append(state)
-        errors.append(missed)
-    best = np.argmin(errors, axis=0)
-    predicted = np.array(states)[best, np.arange(share.shape[1])]
-    trust = np.minimum(4 * ((errors[0] / np.min(errors, axis=0)) ** 2 - 1), 8)[:, None]
-    return predicted, trust, (share.mean(axis=0) + trust * predicted) / (1 + trust)
-
-
-@pytest.mark.parametrize("kind", ["stationary", "drift", "topics"])
-def test_the_forecast_is_that_of_float64(kind):
-    trace = eplb_jax.traces.generate(kind, 8, 6, 32, seed=3)
-    result = forecast_of(trace.astype(np.float32))
-    predicted, trust, middle = by_hand(trace)
-    np.testing.assert_allclose(result.load, middle, rtol=0.01, atol=1e-5)
-    share = np.moveaxis(trace / trace.sum(axis=2, keepdims=True), 0, 1)
-    np.testing.assert_allclose(result.windows[:, :-1], share, atol=1e-6)
-    # Weights are multiples of 1 / 16 of that of the windows.
-    weight = np.square(np.asarray(result.windows[:, -1]) / predicted) / 8
-    np.testing.assert_allclose(weight, np.broadcast_to(trust, weight.shape), rtol=0.02, atol=0.08)
-    assert (np.median(trust) < 0.2) == (kind == "stationary")
-
-
-def test_windows_of_zeros_count_for_nothing_and_units_mean_nothing():
-    trace = windows(4)
-    scale = np.array([1, 1000, 0.25, 7], np.float32)[:, None, None]
-    with_zeros = np.zeros((7, *trace.shape[1:]), np.float32)
-    with_zeros[[1, 2, 4, 6]] = trace
-    plain = forecast_of(trace)
-    for other, kept in ((trace * scale, [0, 1, 2, 3, 4]), (with_zeros, [1, 2, 4, 6, 7])):
-        result = forecast_of(other)
-        np.testing.assert_allclose(result.load, plain.load, atol=1e-6)
-        np.testing.assert_allclose(result.above, plain.above, atol=1e-6)
-        np.testing.assert_allclose(result.windows[:, kept], plain.windows, atol=1e-5)
-    assert not np.any(result.windows[:, [0, 3, 5]])
 
 
 def test_one_window_is_the_load_itself_and_none_is_idle():
@@ -110,20 +59,6 @@ def test_layers_over_a_mesh_need_no_communication():
     compiled = make.lower(spread).compile()
     assert not COLLECTIVES.findall(compiled.as_text())
     assert_same(compiled(spread), make(trace))
-
-
-def test_long_histories_are_merged():
-    trace = windows(37, layers=2, experts=12)
-    merged = merge_windows(trace)
-    assert len(merged) == MOST_WINDOWS
-    np.testing.assert_allclose(merged.sum(axis=0), trace.sum(axis=0), rtol=1e-5)
-    np.testing.assert_array_equal(merged[0], trace[:2].sum(axis=0))
-    np.testing.assert_array_equal(merge_windows(jnp.asarray(trace)), merged)
-    assert len(merge_windows(trace[:16])) == 16
-    layers = np.ones((20, 12), np.float32)
-    assert merge_windows(layers) is layers  # layers, not windows
-    topology = Topology(4, slots=4)
-    assert_same(*(plan(x, topology, strategy=QUICK) for x in (trace, merged)))
 
 
 def several(m, c, count=3, seed=0):

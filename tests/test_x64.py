@@ -51,7 +51,7 @@ CALLS = {
     "gap": lambda: metrics.gap(LOAD, new(), TOPOLOGY),
     "moves": lambda: eplb_jax.moves(old(), new(), TOPOLOGY),
     "counts": lambda: runtime.expert_counts_from_slots(IDS, new().phy2log[0], E),
-    "history": lambda: runtime.update_history(runtime.init_history(2, L, E), jnp.asarray(LOAD)),
+    "history": lambda: eplb_jax.update_history(eplb_jax.init_history(L, E), jnp.asarray(LOAD)),
     "round_robin": lambda: route("round_robin"),
     "random": lambda: route("random", key=jax.random.key(1)),
     "nearest": lambda: runtime.nearest_replica(new(), TOPOLOGY),

@@ -13,13 +13,13 @@ from rich.table import Table
 from eplb_jax.evaluation.replay import Replay
 
 COLUMNS = {
-    "imbalance_mean": ("imbalance\nmean", "{:.2%}"),
+    "time_lost": ("time\nlost", "{:.2%}"),
+    "imbalance_mean": ("mean\nimb.", "{:.2%}"),
     "imbalance_p95": ("p95", "{:.1%}"),
     "imbalance_worst": ("worst", "{:.1%}"),
-    "moves_mean": ("slots\nmoved", "{:.1f}"),
-    "moves_share": ("share", "{:.1%}"),
+    "moves_share": ("slots\nmoved", "{:.1%}"),
     "plan_ms": ("plan,\nms", "{:.1f}"),
-    "compile_s": ("compile\ns", "{:.1f}"),
+    "compile_s": ("comp.,\ns", "{:.1f}"),
 }
 """Columns of the table: the key in `summary`, the header, and the format."""
 
@@ -27,10 +27,12 @@ COLUMNS = {
 def summary(result: Replay, num_replicas: int) -> dict[str, float | None]:
     """Imbalance over layers and windows, moves per layer and plan, times; None without a plan."""
     planned, replanned = result.seconds.size > 0, result.moves.size > 0
+    busy = result.imbalance[result.load > 0] if result.load.any() else np.zeros(1)
     return {
-        "imbalance_mean": float(result.imbalance.mean()),
-        "imbalance_p95": float(np.percentile(result.imbalance, 95)),
-        "imbalance_worst": float(result.imbalance.max()),
+        "time_lost": result.time_lost,
+        "imbalance_mean": result.mean_imbalance,
+        "imbalance_p95": float(np.percentile(busy, 95)),
+        "imbalance_worst": float(busy.max()),
         "moves_mean": float(result.moves.mean()) if replanned else None,
         "moves_share": float(result.moves.mean()) / num_replicas if replanned else None,
         "plan_ms": float(np.median(result.seconds)) * 1e3 if planned else None,
@@ -45,11 +47,14 @@ def table(
     every, window = arguments["every"], arguments["window"]
     interval = "window" if every == 1 else f"{every} windows"
     measured = f"{shape[0] - window} window{'s' * (shape[0] - window > 1)}"
+    memory = arguments["memory"]
+    older = f" and {memory} group{'s' * (memory > 1)} of older ones" if memory else ""
     rows = Table(
         title=f"{shape[1]} layers x {shape[2]} experts, {measured}, "
-        f"a plan every {interval} from the {window} before",
-        caption="imbalance: max / mean GPU load - 1, over layers and the windows after a plan;\n"
-        "slots moved: from another GPU, per layer and plan; plan: the median time",
+        f"a plan every {interval} from the {window} before{older}",
+        caption="imb.: imbalance, max / mean GPU load - 1, over layers and windows with load;\n"
+        "time lost: its mean weighted by load; slots moved: from another GPU, of those of a\n"
+        "layer, per plan; plan: the median time, without comp., the time of compilation",
         title_justify="left",
         caption_justify="left",
         box=box.SIMPLE_HEAD,

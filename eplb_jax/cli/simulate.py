@@ -9,15 +9,17 @@ from rich.console import Console
 from rich.progress import Progress
 from typer import Context, Option, echo
 
+from eplb_jax.checks import as_count
 from eplb_jax.cli.arguments import Gpus, Groups, Load, Nodes, Plot, PolicyName, Replicas, read
 from eplb_jax.cli.files import check_drawable, check_writable, write_figure, write_whole
 from eplb_jax.cli.report import report, table
 from eplb_jax.evaluation.replay import (
+    plan_from_history,
     plan_from_last_window,
-    plan_from_windows,
     replay,
     without_balancer,
 )
+from eplb_jax.planning.history import REMEMBERED
 from eplb_jax.planning.plan import Policy
 from eplb_jax.planning.strategies import STRATEGIES
 from eplb_jax.types import Topology
@@ -35,6 +37,9 @@ def simulate(
     policy: PolicyName = "auto",
     window: Annotated[int, Option(help="Past windows that a plan is made from.")] = 8,
     every: Annotated[int, Option(help="Windows that a plan stays in place.")] = 1,
+    memory: Annotated[
+        int, Option(help="Groups of older windows that are remembered; 0: none.")
+    ] = REMEMBERED,
     strategy: Annotated[
         list[str] | None,
         Option(
@@ -53,7 +58,7 @@ def simulate(
         Path | None, Option("--json", help="File to write all numbers to; - for stdout.")
     ] = None,
 ) -> None:
-    """Replay a trace: plan from past windows, and measure each plan on the following ones."""
+    """Replay a trace: plan from what was seen, and measure each plan on the following windows."""
     to_stdout = json_file == Path("-")
     check_writable(None if to_stdout else json_file)
     check_drawable(plot)
@@ -70,7 +75,13 @@ def simulate(
     names = tuple(dict.fromkeys(strategy or ["auto"]))
     checked = cast(Policy, policy)  # by the first plan
     limits = {"keep": keep, "max_moves": max_moves, "move_penalty": move_penalty}
-    planners = {x: plan_from_windows(topology, policy=checked, strategy=x, **limits) for x in names}
+    sizes = {
+        "recent": as_count("window", window),
+        "remembered": as_count("memory", memory, least=0),
+    }
+    planners = {
+        x: plan_from_history(topology, policy=checked, strategy=x, **limits, **sizes) for x in names
+    }
     planners[LAST_WINDOW] = plan_from_last_window(topology, policy=checked)
     none = without_balancer(counts, topology, window=window)
     results = {}
@@ -79,7 +90,13 @@ def simulate(
         for name, planner in planners.items():
             advance = partial(bar.advance, bar.add_task(name, total=len(none.imbalance)))
             results[name] = replay(
-                counts, planner, topology, window=window, every=every, on_window=advance
+                counts,
+                planner,
+                topology,
+                window=window,
+                every=every,
+                all_past=True,
+                on_window=advance,
             )
     results[NO_BALANCER] = none
     arguments = {k: v for k, v in ctx.params.items() if k not in ("plot", "json_file")}

@@ -26,8 +26,8 @@ class Balance(NamedTuple):
         gpu_load: Load of every GPU, in the unit of the load.
         imbalance: Max / mean GPU load - 1: the overhead over perfect balance.
         balancedness: Mean / max GPU load. 1 - balancedness is the share of time lost to waiting.
-        mean_imbalance: The mean of `imbalance` over all layers and windows.
-        mean_balancedness: The mean of `balancedness` over all layers and windows.
+        mean_imbalance: The mean of `imbalance` over all layers and windows with load; 0 if none.
+        mean_balancedness: The mean of `balancedness` over these; 1 if there are none.
     """
 
     gpu_load: Float[Array, "*TL G"]
@@ -146,7 +146,7 @@ def balance_of(gpu_load: Float[Array, "*TL G"]) -> Balance:
     """The balance of known GPU loads.
 
     Example:
-        >>> float(balance_of(jnp.array([[100.0, 200.0], [100.0, 200.0]])).mean_balancedness)
+        >>> float(balance_of(jnp.array([[100.0, 200.0], [0.0, 0.0]])).mean_balancedness)
         0.75
     """
     mean = jnp.mean(gpu_load, axis=-1)
@@ -154,4 +154,7 @@ def balance_of(gpu_load: Float[Array, "*TL G"]) -> Balance:
     busy = most > 0
     imbalance = jnp.where(busy, most / jnp.where(busy, mean, 1), 1) - 1
     balancedness = jnp.where(busy, mean / jnp.where(busy, most, 1), 1)
-    return Balance(gpu_load, imbalance, balancedness, jnp.mean(imbalance), jnp.mean(balancedness))
+    count = jnp.sum(busy).astype(jnp.float32)
+    lost = jnp.sum(imbalance) / jnp.maximum(count, 1)  # zero where there is no load
+    kept = jnp.sum(jnp.where(busy, balancedness, 0)) / jnp.maximum(count, 1)
+    return Balance(gpu_load, imbalance, balancedness, lost, jnp.where(count > 0, kept, 1))

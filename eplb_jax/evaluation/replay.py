@@ -7,7 +7,7 @@ runs on the host and cannot be traced.
 from collections.abc import Callable
 from functools import partial
 from time import perf_counter
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,13 @@ from jaxtyping import Float, Int
 
 from eplb_jax.checks import LOAD_AXES, LoadLike, as_count, as_load
 from eplb_jax.evaluation.metrics import balance_of, gpu_loads, gpu_loads_in_order
+from eplb_jax.planning.history import (
+    RECENT,
+    REMEMBERED,
+    History,
+    init_history,
+    update_history,
+)
 from eplb_jax.planning.plan import Policy, plan
 from eplb_jax.planning.strategies import Strategy, resolve_strategy
 from eplb_jax.transition.moves import moves
@@ -30,6 +37,7 @@ class Replay(NamedTuple):
     """How balanced the GPUs were in every window after the first H, and what it cost.
 
     Attributes:
+        load: Load of every layer, in the unit of the trace.
         gpu_load: Load of every GPU / mean of its layer; ones for a layer without load.
         imbalance: Max / mean GPU load - 1; zero for a layer without load.
         moves: Slots that receive an expert from another GPU, for every plan but the first.
@@ -37,11 +45,28 @@ class Replay(NamedTuple):
         compile_seconds: Extra time of the first calls, which compile.
     """
 
+    load: Float[np.ndarray, "T-H L"]
     gpu_load: Float[np.ndarray, "T-H L G"]
     imbalance: Float[np.ndarray, "T-H L"]
     moves: Int[np.ndarray, "P-1 L"]
     seconds: Float[np.ndarray, " P"]
     compile_seconds: float
+
+    @property
+    def time_lost(self) -> float:
+        """The mean of the imbalance over layers and windows, weighted by load.
+
+        That is the time of the slowest GPUs over the time of perfect balance, minus 1, if time is
+        proportional to load. 0 without load.
+        """
+        total = self.load.sum()
+        return float((self.imbalance * self.load).sum() / total) if total else 0.0
+
+    @property
+    def mean_imbalance(self) -> float:
+        """The plain mean of the imbalance over layers and windows with load; 0 without load."""
+        busy = self.imbalance[self.load > 0]
+        return float(busy.mean()) if busy.size else 0.0
 
 
 def replay(
@@ -51,6 +76,7 @@ def replay(
     *,
     window: int = 8,
     every: int = 1,
+    all_past: bool = False,
     on_window: Callable[[], object] | None = None,
 ) -> Replay:
     """Balance, moves and planning time of a planner that only sees the past of a trace.
@@ -64,8 +90,9 @@ def replay(
             t = window, window + every and so on. The first two calls are made twice, as they
             may compile.
         topology: GPUs and slots of the plans.
-        window: H, the number of past windows that a plan is made from.
+        window: H, the number of past windows that a plan is made from, and that are not measured.
         every: Number of windows that a plan stays in place.
+        all_past: Whether the planner is called with ``trace[:t]`` instead, all windows so far.
         on_window: Called after every measured window.
 
     Returns:
@@ -89,7 +116,7 @@ def replay(
     every = as_count("every", every)
     placed, gpu_load, moved, seconds, compile_seconds = None, [], [], [], 0.0
     for t in range(window, len(loads), every):
-        make = partial(planner, loads[t - window : t], placed)
+        make = partial(planner, loads[0 if all_past else t - window : t], placed)
         new, took, compiled = time_plan(make, compiles=len(seconds) < 2)
         seconds.append(took)
         compile_seconds += compiled
@@ -101,7 +128,9 @@ def replay(
             for _ in gpu_load[-1]:
                 on_window()
     counts = np.asarray(moved, np.int64).reshape(-1, loads.shape[1])
-    return _measure(np.concatenate(gpu_load), counts, np.asarray(seconds), compile_seconds)
+    return _measure(
+        loads[window:], np.concatenate(gpu_load), counts, np.asarray(seconds), compile_seconds
+    )
 
 
 def without_balancer(trace: LoadLike, topology: Topology, *, window: int = 8) -> Replay:
@@ -117,7 +146,7 @@ def without_balancer(trace: LoadLike, topology: Topology, *, window: int = 8) ->
     check_topology(topology)
     loads, window = _as_trace(trace, window)
     gpu_load = gpu_loads_in_order(loads[window:], topology.num_gpus)
-    return _measure(gpu_load, np.zeros((0, loads.shape[1]), np.int64), np.zeros(0))
+    return _measure(loads[window:], gpu_load, np.zeros((0, loads.shape[1]), np.int64), np.zeros(0))
 
 
 def plan_from_windows(
@@ -134,16 +163,58 @@ def plan_from_windows(
     With `keep` the plan in place is passed as `previous`, which `max_moves` and `move_penalty`
     need.
     """
+    options: dict[str, Any] = {"policy": policy, "strategy": strategy}
+    return _planner(topology, keep, max_moves, move_penalty, **options)
+
+
+def _planner(
+    topology: Topology,
+    keep: bool = True,
+    max_moves: int | None = None,
+    move_penalty: float | None = None,
+    **options: Any,
+) -> Callable[[np.ndarray | History, Placement | None], Placement]:
     limits = {"max_moves": max_moves, "move_penalty": move_penalty}
     for name, value in limits.items():
         if value is not None and not keep:
             raise ValueError(f"{name}={value} needs keep=True; nearest: {name}=None")
-    make = partial(plan, topology=topology, policy=policy, strategy=resolve_strategy(strategy))
+    options["strategy"] = resolve_strategy(options.get("strategy", "auto"))
+    make = partial(plan, topology=topology, **options)
 
-    def planner(past: np.ndarray, placed: Placement | None) -> Placement:
+    def planner(past: np.ndarray | History, placed: Placement | None) -> Placement:
         if placed is None or not keep:
             return make(past)
         return make(past, previous=placed, **limits)
+
+    return planner
+
+
+def plan_from_history(
+    topology: Topology, *, recent: int = RECENT, remembered: int = REMEMBERED, **options: Any
+) -> Planner:
+    """A planner that remembers: an `eplb_jax.History` is kept from call to call, as in a service.
+
+    For replays with ``all_past=True``: every window that was not there in the last call is added
+    to the history. One planner serves one replay; with fewer windows than before it starts anew.
+
+    Args:
+        topology: GPUs and slots of the plans.
+        recent: Windows that are kept as they are.
+        remembered: Groups of older windows.
+        **options: As of `plan_from_windows`.
+    """
+    make = _planner(topology, **options)
+    history: History | None = None
+    seen = 0
+
+    def planner(past: np.ndarray, placed: Placement | None) -> Placement:
+        nonlocal history, seen
+        if history is None or len(past) < seen:
+            history, seen = init_history(*past.shape[1:], recent=recent, remembered=remembered), 0
+        for window in past[seen:]:
+            history = update_history(history, jnp.asarray(window, jnp.float32))
+        seen = len(past)
+        return make(history, placed)
 
     return planner
 
@@ -187,9 +258,13 @@ def _as_trace(trace: LoadLike, window: int) -> tuple[Float[np.ndarray, "T L E"],
 
 
 def _measure(
-    gpu_load: np.ndarray, counts: np.ndarray, seconds: np.ndarray, compile_seconds: float = 0.0
+    loads: np.ndarray,
+    gpu_load: np.ndarray,
+    counts: np.ndarray,
+    seconds: np.ndarray,
+    compile_seconds: float = 0.0,
 ) -> Replay:
     mean = gpu_load.mean(axis=-1, keepdims=True)
     relative = np.divide(gpu_load, mean, out=np.ones_like(gpu_load), where=mean > 0)
     imbalance = np.asarray(balance_of(jnp.asarray(gpu_load, jnp.float32)).imbalance, np.float64)
-    return Replay(relative, imbalance, counts, seconds, compile_seconds)
+    return Replay(loads.sum(axis=2), relative, imbalance, counts, seconds, compile_seconds)

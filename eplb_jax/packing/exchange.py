@@ -43,6 +43,14 @@ def pack_loads(value: Int32[Array, "T c m"]) -> Int32[Array, "T m"]:
     return jnp.sum(value, axis=1, dtype=jnp.int32)
 
 
+def count_windows(value: Int32[Array, "T c m"]) -> Int32[Array, ""]:
+    """The number of windows up to the last one with load; at least 1."""
+    if len(value) == 1:
+        return jnp.ones((), jnp.int32)
+    busy = jnp.any(value > 0, axis=(1, 2))
+    return jnp.max(jnp.where(busy, jnp.arange(1, len(value) + 1, dtype=jnp.int32), 1))
+
+
 def is_duplicate(label: Int32[Array, "c m"]) -> Bool[Array, "c m"]:
     """Which positions hold a label that an earlier position of their pack holds."""
     position = jnp.arange(label.shape[0], dtype=jnp.int32)

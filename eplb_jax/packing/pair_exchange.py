@@ -22,6 +22,7 @@ from eplb_jax.packing.exchange import (
     Exchanges,
     State,
     columns,
+    count_windows,
     is_duplicate,
     pack_loads,
 )
@@ -59,9 +60,10 @@ class Pairs(Exchanges):
     The packs are ranked by load and paired by a schedule that changes from round to round: in even
     rounds the more loaded half with the other half, shifted by one each time; in odd ones as in a
     round-robin tournament, which pairs any two ranks in time. With several windows even rounds rank
-    by the sum of loads, odd ones by each window in turn. The best 1-swap, or with `two` the best of
-    1-swaps and 2-swaps, is the one after which the loads of the pair differ least, in squares over
-    windows. A duplicate that the other pack of its pair can take moves there first, whatever the
+    by the sum of loads, odd ones by each window in turn; those without load, which come last, have
+    no turn. The best 1-swap, or with `two` the best of 1-swaps and 2-swaps, is the one after which
+    the loads of the pair differ least, in squares over windows. A duplicate that the other pack of
+    its pair can take moves there first, whatever the
     loads. O(T c^2 m) a round, with `two` O(T c^4 m).
     """
 
@@ -77,10 +79,11 @@ class Pairs(Exchanges):
         value = jnp.moveaxis(state.value, 0, -1).reshape(-1, num_windows)
         table = _Table(value, state.label.ravel() if labelled else None)
         ranks = jnp.asarray(schedule(num_packs, self.rounds))
+        count = count_windows(state.value)
 
         def round_of(i: Array | int, parts: _Parts) -> _Parts:
             packs = _join(parts)
-            turn = jnp.asarray(i, jnp.int32) // 2 % num_windows
+            turn = jnp.asarray(i, jnp.int32) // 2 % count
             total = jnp.sum(packs.load, axis=1, dtype=jnp.int32)
             load = jnp.where(jnp.asarray(i, jnp.int32) % 2 == 0, total, packs.load[:, turn])
             order = take_rows(descending(load), ranks[i])

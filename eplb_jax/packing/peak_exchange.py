@@ -1,7 +1,7 @@
 """The best exchange between the most loaded pack and any other."""
 
 from dataclasses import dataclass
-from functools import reduce
+from functools import partial, reduce
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -10,7 +10,13 @@ from jax import lax
 from jaxtyping import Array, Int32, Key
 
 from eplb_jax.arrays import first_equal, least_row
-from eplb_jax.packing.exchange import Exchanges, State, is_duplicate, pack_loads
+from eplb_jax.packing.exchange import (
+    Exchanges,
+    State,
+    count_windows,
+    is_duplicate,
+    pack_loads,
+)
 
 
 @dataclass(frozen=True)
@@ -30,7 +36,8 @@ class Peak(Exchanges):
         """Lower the most loaded pack."""
         del key, labelled
         start = _Lowered(state, jnp.asarray(-1, jnp.int32))
-        return lax.fori_loop(0, self.steps, _lower, start).state
+        lower = partial(_lower, count=count_windows(state.value))
+        return lax.fori_loop(0, self.steps, lower, start).state
 
 
 class _Lowered(NamedTuple):
@@ -43,7 +50,7 @@ class _Lowered(NamedTuple):
 _NEVER = np.int32(np.iinfo(np.int32).max)
 
 
-def _lower(i: Array | int, carry: _Lowered) -> _Lowered:
+def _lower(i: Array | int, carry: _Lowered, *, count: Int32[Array, ""]) -> _Lowered:
     state, last = carry
     num_windows, capacity, num_packs = state.value.shape
     load = pack_loads(state.value)
@@ -54,7 +61,7 @@ def _lower(i: Array | int, carry: _Lowered) -> _Lowered:
     turn = jnp.min(_least(turn)[0])
     duplicate = (last + 1 + turn) % n
     urgent = (turn < n) & (step % 4 < 3)
-    visible = load[step % num_windows]
+    visible = load[step % count]
     pack = jnp.where(urgent, duplicate % num_packs, first_equal(visible, jnp.max(visible)))
     value, label = state.value[:, :, pack], state.label[:, pack]
 

@@ -35,8 +35,8 @@ class Portfolio(Exchanges):
     and at the end `peaks` of `Peak`. With up to 5 items a pack and 128 in total, the steps are
     taken from 2 to 4 random keys, and the best packing is kept.
 
-    With several windows: 3 x `rounds`, up to 8 x, m / 2, with up to 128 items in total, with 1-swaps,
-    and with 2-swaps for 4 or 5 items a pack.
+    With several windows: 3 x `rounds`, with up to 128 items in total m / 2 x, 8 x at most; with
+    1-swaps, and with 2-swaps for 4 or 5 items a pack.
     """
 
     columns: int

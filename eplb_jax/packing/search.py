@@ -160,7 +160,8 @@ def score_windows(
     objective: Objective, windows: Int32[Array, "T n K"], contents: Int32[Array, "m c K"]
 ) -> tuple[Num[Array, " K"], ...]:
     """The objective of every packing, summed over windows."""
-    bits = LOAD_BITS - index_bits(len(windows)) if len(windows) > 1 else LOAD_BITS
+    # The same for any few windows, of which some may be empty.
+    bits = LOAD_BITS - index_bits(max(len(windows), 32)) if len(windows) > 1 else LOAD_BITS
     scores = [objective(loads_of(x, contents)) for x in with_bits(windows, bits)]
     return jax.tree.map(lambda *x: reduce(jnp.add, x), *scores)
 

@@ -18,16 +18,12 @@ from eplb_jax.arrays import along, first_equal, ordered_sum, relative, sanitise,
 from eplb_jax.planning.history import (
     RECENT,
     REMEMBERED,
-    TOTAL,
     History,
     Scores,
     add_window,
     empty_history,
-    evidence_of,
-    finite,
-    weighted_mean,
-    windows_of,
 )
+from eplb_jax.planning.windows import TOTAL, evidence_of, finite, weighted_mean, windows_of
 
 _TRUST = 4
 """Weight of a prediction, in windows per window, that errs 1 / sqrt(2) of what the mean does."""
@@ -121,26 +117,34 @@ def forecast(history: History, *, by_size: bool = False) -> Forecast:
     weighs _TRUST (r^2 - 1) windows per recent window, _MOST_TRUST at most, r the ratio of their
     errors, with a standard error taken from the lead.
     """
+    share, weight, says = weigh(history, by_size=by_size)
+    load = weighted_mean(share, weight)
+    # A peak counts as far as its window does.
+    excess = jnp.maximum(share[:-1] - load[None], 0).astype(jnp.float32) * says[..., None]
+    total, past = ordered_sum(weight, 0), ordered_sum(weight[:-1], 0)
+    above = jnp.max(excess, axis=0) * (past / jnp.where(total > 0, total, 1))[:, None]
+    # Squares of loads are added up, in units of the largest weight; what weighs nothing comes last.
+    scale = jnp.sqrt(weight / jnp.maximum(jnp.max(weight, axis=0, keepdims=True), 1e-6))
+    fitted = share.astype(jnp.float32) * scale[..., None]
+    order = jnp.argsort((weight == 0).astype(jnp.int32), axis=0, stable=True).astype(jnp.int32)
+    fitted = jnp.moveaxis(along(fitted, order[..., None], 0), 0, 1)
+    return Forecast(load.astype(jnp.float32) / TOTAL, above / TOTAL, fitted / TOTAL)
+
+
+def weigh(
+    history: History, *, by_size: bool = False
+) -> tuple[Int32[Array, "T L E"], Float[Array, "T L"], Float[Array, "T-1 L"]]:
+    """Groups, recent windows and the prediction, their weights, and what a window of each says."""
     recent = windows_of(finite(history.recent), by_size=by_size)
     predicted, trust = _prediction(history)
     number, most = history.windows, jnp.max(recent.tokens, axis=0)
     size = history.tokens / jnp.where(number > 0, number, 1)
-    says = evidence_of(size, recent.spread, most) * _trust_in_memory(history.scores)
-    share = jnp.concatenate([history.remembered, recent.share, predicted[None]])
-    past = jnp.concatenate([number * says, recent.evidence])
+    says = evidence_of(size, recent.spread, most) * _trust_in_memory(history.scores)[None]
     ahead = trust * ordered_sum(recent.evidence, 0)
-    weight = jnp.concatenate([past, ahead[None]])
-    load = weighted_mean(share, weight)
-    # A peak counts as far as its window does.
-    says = jnp.concatenate([jnp.minimum(says, 1), recent.evidence])
-    excess = jnp.maximum(share[:-1] - load, 0).astype(jnp.float32) * says[..., None]
-    total, all_past = ordered_sum(weight, 0), ordered_sum(past, 0)
-    above = jnp.max(excess, axis=0) * (all_past / jnp.where(total > 0, total, 1))[:, None]
-    # Squares of loads are added up, in units of the windows' mean weight.
-    scale = jnp.sqrt(weight / jnp.maximum(jnp.max(weight, axis=0), 1e-6))
-    fitted = share.astype(jnp.float32) * scale[..., None]
-    return Forecast(
-        load.astype(jnp.float32) / TOTAL, above / TOTAL, jnp.moveaxis(fitted, 0, 1) / TOTAL
+    return (
+        jnp.concatenate([history.remembered, recent.share, predicted[None]]),
+        jnp.concatenate([number * says, recent.evidence, ahead[None]]),
+        jnp.concatenate([jnp.minimum(says, 1), recent.evidence]),
     )
 
 

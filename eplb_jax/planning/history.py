@@ -2,30 +2,33 @@
 
 Mixed traffic comes back: a plan that fits windows of an hour ago fits the next one like them. So
 older windows are not dropped: the two most alike are merged, with their weights, whenever there are
-more than fit (Ward's criterion). Beside the windows are kept the means that could predict the next
-one, and scores of how well each would have done so far, by which `forecast` weighs them.
+more than fit. Beside the windows are kept the means that could predict the next one, and scores of
+how well each would have done so far, by which `forecast` weighs them.
 
-Layers are independent, and everything that is compared is an integer or computed in a fixed order:
-the history of a layer is the same, bit for bit, in every batch and sharding.
-
-References:
-    J. H. Ward, "Hierarchical grouping to optimize an objective function", Journal of the American
-    Statistical Association 58, 1963. R. DerSimonian and N. Laird, "Meta-analysis in clinical
-    trials", Controlled Clinical Trials 7, 1986: the spread between windows, beyond sampling noise.
+Layers are independent: the history of a layer is the same, bit for bit, in every batch and
+sharding.
 """
 
-import itertools
+from collections.abc import Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Int32, Num
+from jaxtyping import Array, Bool, Float, Int32, Num
 
-from eplb_jax.arrays import along, first_equal, fixed_point, ordered_sum, unfused
+from eplb_jax.arrays import ordered_sum, unfused
 from eplb_jax.checks import as_count
+from eplb_jax.planning.windows import (
+    Groups,
+    Windows,
+    distance,
+    finite,
+    merge_two,
+    weighted_mean,
+    windows_of,
+)
 from eplb_jax.sharding import by_layers
 
 RECENT = 8
@@ -34,23 +37,11 @@ RECENT = 8
 REMEMBERED = 8
 """Groups of older windows."""
 
-TOTAL = 1 << 23
-"""The load of a layer and window, in the integer units used here; exact in float32."""
-
 GAINS = (64, 45, 32, 19, 10)
 """Gains of the exponentially weighted means, in 64ths."""
 
 _KEPT = 1 - 1 / 64
 """What is left of a weight or score after one more window."""
-
-_LOW = 9
-"""Bits dropped from shares before differences are squared, so that sums fit in an int32."""
-
-_PARTS = 1 << 7
-"""Resolution of the weights by which two groups are merged."""
-
-_MOST_TOKENS = 1e30
-"""Larger totals are cut to this, so that no product overflows."""
 
 
 class Scores(NamedTuple):
@@ -102,6 +93,20 @@ class History(NamedTuple):
     current: Float[Array, "L E"]
     rest: Float[Array, "L E"]
     steps: Int32[Array, ""]
+
+    def where(self, chosen: Bool[Array, " L"], other: "History") -> "History":
+        """The layers that are chosen, with those of another history in place of the rest."""
+
+        def choose(name: str) -> Any:
+            last = (1,) if name in ("recent", "remembered", "means", "current", "rest") else ()
+
+            def of_leaf(x: Array, y: Array) -> Array:
+                shape = chosen.shape + last
+                return jnp.where(chosen.reshape((1,) * (x.ndim - len(shape)) + shape), x, y)
+
+            return jax.tree.map(of_leaf, getattr(self, name), getattr(other, name))
+
+        return self._replace(**{name: choose(name) for name in self._fields if name != "steps"})
 
 
 def init_history(
@@ -202,79 +207,67 @@ def _update(past: History, load: Num[Array, "L E"], *, steps_per_window: int) ->
     return lax.cond(steps >= steps_per_window, complete, go_on, past)
 
 
-def finite(load: Float[Array, "..."]) -> Float[Array, "..."]:
-    """Loads with a defined meaning: NaN and negative ones are zero, infinite ones the largest."""
-    return jnp.nan_to_num(jnp.maximum(load, 0), posinf=float(np.finfo(np.float32).max))
+def merge_histories(histories: Sequence[History]) -> History:
+    """What several replicas of a service saw of one traffic in the same windows, as one history.
 
+    Recent windows are added up, those of one age with each other; of the groups of all, the most
+    alike are merged until K are left. Means, scores and numbers of windows are averaged.
 
-class Windows(NamedTuple):
-    """Windows as shares of their load, and what each of them says.
+    Args:
+        histories: At least one, all of the same shapes.
 
-    Attributes:
-        share: In units of `TOTAL`.
-        tokens: Their load; zero for empty ones.
-        spread: The variance of shares between them, beyond sampling noise.
-        evidence: The weight of each, from 0 to 1: see `evidence_of`.
+    Raises:
+        ValueError: There are none, or their shapes differ.
+
+    Example:
+        >>> empty = init_history(1, 2, recent=1)
+        >>> both = [update_history(empty, jnp.array([x])) for x in ([3, 1], [0, 4])]
+        >>> merge_histories(both).recent.tolist()
+        [[[3.0, 5.0]]]
     """
-
-    share: Int32[Array, "T L E"]
-    tokens: Float[Array, "T L"]
-    spread: Float[Array, " L"]
-    evidence: Float[Array, "T L"]
-
-
-def windows_of(load: Float[Array, "T L E"], *, by_size: bool = False) -> Windows:
-    """Shares and evidence of windows; `by_size`: as if all of their spread were sampling noise."""
-    largest = jnp.max(load, axis=2, keepdims=True)
-    units = fixed_point(load / jnp.where(largest > 0, largest, 1), load.shape[2], 30)
-    total = jnp.sum(units, axis=2, keepdims=True, dtype=jnp.int32).astype(jnp.float32)
-    share = (units.astype(jnp.float32) / jnp.where(total > 0, total, 1) * TOTAL).astype(jnp.int32)
-    one = fixed_point(jnp.ones((), jnp.float32), load.shape[2], 30).astype(jnp.float32)
-    tokens = jnp.minimum(largest * (total / one), _MOST_TOKENS)[..., 0]
-    spread = jnp.zeros_like(tokens[0]) if by_size else _spread(share, tokens)
-    return Windows(share, tokens, spread, evidence_of(tokens, spread, jnp.max(tokens, axis=0)))
+    if not histories:
+        raise ValueError("histories must hold at least one History, got none")
+    shapes = [jax.tree.map(jnp.shape, x) for x in histories]
+    for i, shape in enumerate(shapes):
+        if shape != shapes[0]:
+            raise ValueError(
+                f"histories must have one shape, got {shapes[0].recent} and {shapes[0].remembered} "
+                f"but {shape.recent} and {shape.remembered} in histories[{i}]"
+            )
+    return _merge(tuple(histories))
 
 
-def evidence_of(
-    tokens: Float[Array, "T L"], spread: Float[Array, " L"], largest: Float[Array, " L"]
-) -> Float[Array, "T L"]:
-    """What a window of so many tokens says, relative to the largest: 1 / (spread + 1 / tokens).
+@by_layers
+@jax.jit
+def _merge(histories: tuple[History, ...]) -> History:
+    count = len(histories)
 
-    Shares counted from n tokens vary by 1 / n around those of the traffic, which vary by `spread`
-    from window to window.
-    """
-    noise = 1 / jnp.maximum(largest, 1 / _MOST_TOKENS)
-    return unfused(tokens * (spread + noise)) / (unfused(tokens * spread) + 1)
+    def mean(*x: Array) -> Array:
+        return ordered_sum(jnp.stack(x), 0) / count
 
-
-def _spread(share: Int32[Array, "T L E"], tokens: Float[Array, "T L"]) -> Float[Array, " L"]:
-    total = ordered_sum(tokens, 0)
-    part = tokens / jnp.where(total > 0, total, 1)
-    found = unfused(part * _squares(share - weighted_mean(share, part)[None]))
-    # Of T windows around their common mean, sampling noise leaves (T - 1) / n in the mean.
-    noise = (ordered_sum((tokens > 0).astype(jnp.float32), 0) - 1) / jnp.where(total > 0, total, 1)
-    rest = 1 - ordered_sum(unfused(part * part), 0)
-    apart = jnp.maximum(ordered_sum(found, 0) - noise, 0)
-    return jnp.where(rest > 1e-6, apart / jnp.where(rest > 1e-6, rest, 1), 0)
-
-
-def weighted_mean(share: Int32[Array, "T L E"], weight: Float[Array, "T L"]) -> Int32[Array, "L E"]:
-    """The mean of windows; zero where all weights are."""
-    total = ordered_sum(weight, 0)
-    weight = weight / jnp.where(total > 0, total, 1)
-    return ordered_sum(unfused(share.astype(jnp.float32) * weight[..., None]), 0).astype(jnp.int32)
-
-
-def _squares(apart: Int32[Array, "... E"]) -> Float[Array, "..."]:
-    """The sum of squared differences of shares."""
-    apart = apart >> _LOW
-    squares = jnp.sum(apart * apart, axis=-1, dtype=jnp.int32)
-    return squares.astype(jnp.float32) / (TOTAL >> _LOW) ** 2
-
-
-def _distance(x: Int32[Array, "... E"], y: Int32[Array, "... E"]) -> Float[Array, "..."]:
-    """The sum of absolute differences of shares."""
-    return jnp.sum(jnp.abs(x - y), axis=-1, dtype=jnp.int32).astype(jnp.float32) / TOTAL
+    first = histories[0]
+    recent, current, rest = (
+        ordered_sum(jnp.stack([getattr(x, name) for x in histories]), 0)
+        for name in ("recent", "current", "rest")
+    )
+    windows = windows_of(recent)
+    groups = Groups(first.remembered, first.tokens, first.windows / count)
+    if len(first.remembered) and count > 1:
+        others = [Groups(x.remembered, x.tokens, x.windows / count) for x in histories[1:]]
+        others = jax.tree.map(lambda *x: jnp.concatenate(x), *others)
+        groups, _ = lax.scan(lambda x, y: (merge_two(x, y, windows), None), groups, others)
+    share = jnp.stack([x.means for x in histories])
+    seen = jnp.stack([x.scores.seen for x in histories])
+    weight = jnp.broadcast_to(seen[:, None], share.shape[:-1])
+    return History(
+        recent,
+        *groups,
+        jax.vmap(weighted_mean, 1)(share, weight),
+        jax.tree.map(mean, *(x.scores for x in histories)),
+        current,
+        rest,
+        first.steps,
+    )
 
 
 def add_window(past: History, load: Float[Array, "L E"], *, by_size: bool = False) -> History:
@@ -283,22 +276,20 @@ def add_window(past: History, load: Float[Array, "L E"], *, by_size: bool = Fals
     new, present = windows.share[-1], windows.tokens[-1] > 0
     first = past.scores.seen == 0
     # A window that says little hardly changes the means.
-    gain = jnp.asarray(GAINS, jnp.float32)[:, None] * windows.evidence[-1]
+    gain = jnp.asarray(GAINS, jnp.float32)[:, None] * windows.evidence[-1:]
     change = ((new[None] - past.means) >> 6) * (gain + 0.5).astype(jnp.int32)[..., None]
-    means = jnp.where(first[:, None], new[None], past.means + change)
+    means = jnp.where(first[None, :, None], new[None], past.means + change)
     groups = _remember(past, windows)
     recent = jnp.concatenate([past.recent[1:], load[None]])
     after = past._replace(
-        recent=jnp.where(present[:, None], recent, past.recent),
-        remembered=jnp.where(present[:, None], groups[0], past.remembered),
-        tokens=jnp.where(present, groups[1], past.tokens),
-        windows=jnp.where(present, groups[2], past.windows),
-        means=jnp.where(present[:, None], means, past.means),
+        recent=recent,
+        remembered=groups.remembered,
+        tokens=groups.tokens,
+        windows=groups.windows,
+        means=means,
+        scores=_score(past, windows),
     )
-    scores = jax.tree.map(
-        lambda new, old: jnp.where(present, new, old), _score(past, windows), past.scores
-    )
-    return after._replace(scores=scores)
+    return after.where(present, past)
 
 
 def _score(past: History, windows: Windows) -> Scores:
@@ -312,68 +303,31 @@ def _score(past: History, windows: Windows) -> Scores:
 
     # Before the second window the means are all the same.
     compared = jnp.where(jnp.sum((known > 0).astype(jnp.int32), axis=0) > 1, weight, 0)
-    error = _distance(new, weighted_mean(share, known))
-    lead = error - _distance(new[None], past.means)
+    error = distance(new, weighted_mean(share, known))
+    lead = error[None] - distance(new[None], past.means)
     far = 2.0  # no two windows are further apart
-    nearest = jnp.min(jnp.where(known > 0, _distance(new[None], share), far), axis=0)
+    nearest = jnp.min(jnp.where(known > 0, distance(new[None], share), far), axis=0)
     tried, gain = jnp.zeros_like(weight), jnp.zeros_like(weight)
     if len(past.remembered):
         known = past.windows > 0
         tried = jnp.where(jnp.any(known, axis=0), weight, 0)
-        nearer = jnp.min(jnp.where(known, _distance(new[None], past.remembered), far), axis=0)
+        nearer = jnp.min(jnp.where(known, distance(new[None], past.remembered), far), axis=0)
         gain = jnp.maximum(nearest - nearer, 0)
     return Scores(
         seen=add(scores.seen, weight),
         error=add(scores.error, compared * error),
-        lead=add(scores.lead, compared * lead),
-        lead_squared=add(scores.lead_squared, compared * unfused(lead * lead)),
+        lead=add(scores.lead, compared[None] * lead),
+        lead_squared=add(scores.lead_squared, compared[None] * unfused(lead * lead)),
         tried=add(scores.tried, tried),
         nearest=add(scores.nearest, tried * nearest),
         gain=add(scores.gain, tried * gain),
     )
 
 
-def _remember(
-    past: History, windows: Windows
-) -> tuple[Int32[Array, "K L E"], Float[Array, "K L"], Float[Array, "K L"]]:
+def _remember(past: History, windows: Windows) -> Groups:
     """The groups with the oldest recent window among them, the two most alike merged."""
-    count = len(past.remembered)
-    if count == 0:
-        return past.remembered, past.tokens, past.windows
-    oldest = windows.tokens[:1]
-    share = jnp.concatenate([past.remembered, windows.share[:1]])
-    tokens = jnp.concatenate([past.tokens * _KEPT, oldest])
-    number = jnp.concatenate([past.windows * _KEPT, (oldest > 0).astype(jnp.float32)])
-    mean_size = tokens / jnp.where(number > 0, number, 1)
-    weight = number * evidence_of(mean_size, windows.spread, jnp.max(windows.tokens, axis=0))
-
-    pairs = np.array(list(itertools.combinations(range(count + 1), 2)), np.int32)
-    one, other = pairs.T
-    both = weight[one] + weight[other]
-    harmonic = weight[one] * weight[other] / jnp.where(both > 0, both, 1)
-    cost = _squares(share[one] - share[other]) * harmonic
-    # Free places are used first.
-    cost = jnp.where((number[one] > 0) & (number[other] > 0), cost, -1)
-    chosen = first_equal(cost, jnp.min(cost, axis=0))
-    i, j = jnp.asarray(one)[chosen], jnp.asarray(other)[chosen]
-
-    def at(x: Array, index: Int32[Array, " L"]) -> Array:
-        return along(x, index[None, :, None] if x.ndim == 3 else index[None], 0)[0]
-
-    part = at(weight, j) / jnp.where(at(both, chosen) > 0, at(both, chosen), 1)
-    part = (part * _PARTS + 0.5).astype(jnp.int32)[:, None]
-    first, second = at(share, i), at(share, j)
-    merged = jnp.where(part == _PARTS, second, first + ((second - first) >> 7) * part)
-    place = jnp.arange(count, dtype=jnp.int32)[:, None]
-
-    def replace(x: Array, merged: Array) -> Array:
-        here, gone = ((place == k[None]) for k in (i, j))
-        if x.ndim == 3:
-            here, gone = here[..., None], gone[..., None]
-        return jnp.where(here, merged[None], jnp.where(gone, x[-1:], x[:-1]))
-
-    return (
-        replace(share, merged),
-        replace(tokens, at(tokens, i) + at(tokens, j)),
-        replace(number, at(number, i) + at(number, j)),
-    )
+    if not len(past.remembered):
+        return Groups(past.remembered, past.tokens, past.windows)
+    groups = Groups(past.remembered, past.tokens * _KEPT, past.windows * _KEPT)
+    share, tokens = windows.share[0], windows.tokens[0]
+    return merge_two(groups, Groups(share, tokens, (tokens > 0).astype(jnp.float32)), windows)

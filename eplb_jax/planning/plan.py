@@ -216,12 +216,12 @@ def _as_weights(
     weights: LoadLike | Literal["equal"] | None, load: Array | np.ndarray | History
 ) -> Float[Array, " T"] | None:
     """The weight of every window of an array of windows; None: by evidence."""
-    if weights is None or (not isinstance(load, History) and load.ndim < 3):
-        if weights is None or (isinstance(weights, str) and weights == "equal"):
-            return None
-        raise ValueError(f"weights are of windows [T, L, E], but load has {load.ndim} axes")
+    if weights is None:
+        return None
     if isinstance(load, History):
         raise ValueError("weights must be None for a history, whose windows have their own")
+    if load.ndim < 3:
+        raise ValueError(f"weights are of windows [T, L, E]; load has the shape {load.shape}")
     if isinstance(weights, str):
         if weights != "equal":
             raise ValueError(f'weights={weights!r} is not known; nearest: weights="equal"')

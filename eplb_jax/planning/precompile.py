@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Array, Key
 
 from eplb_jax.checks import LoadLike, as_count, as_load
+from eplb_jax.planning.history import History
 from eplb_jax.planning.placement import as_placement
 from eplb_jax.planning.plan import Policy, plan
 from eplb_jax.planning.strategies import Strategy
@@ -22,14 +23,14 @@ class CompiledPlan:
     """`eplb_jax.plan` for loads of one shape, compiled: all but the loads and the plan in place.
 
     Attributes:
-        shape: Of the loads: (L, E), or (T, L, E).
+        shape: Of the loads: (L, E), or (T, L, E); of a history, the shapes of its arrays.
         topology: What plans are made for.
         with_previous: Whether a call takes the plan in place.
         executable: What was compiled; it has `cost_analysis` and `memory_analysis`.
         sharding: Of the loads; None: JAX's default device.
     """
 
-    shape: tuple[int, ...]
+    shape: tuple[int, ...] | History
     topology: Topology
     with_previous: bool
     executable: jax.stages.Compiled = field(repr=False)
@@ -37,7 +38,7 @@ class CompiledPlan:
 
     def __call__(
         self,
-        load: LoadLike,
+        load: LoadLike | History,
         previous: Placement | LoadLike | None = None,
         *,
         check: bool = True,
@@ -45,7 +46,7 @@ class CompiledPlan:
         """The plan that `eplb_jax.plan` makes of these loads, bit for bit.
 
         Args:
-            load: Loads of `shape`, of any real dtype; anything `jnp.asarray` takes.
+            load: Loads of `shape`, of any real dtype; anything `jnp.asarray` takes. Or a history.
             previous: The plan in place or its phy2log [L, R], if `with_previous`.
             check: Whether to reject loads that are NaN, infinite or negative; checking a JAX
                 array waits for its device.
@@ -55,10 +56,14 @@ class CompiledPlan:
             ValueError: The shape is another, a load is NaN, infinite or negative, or `previous` is
                 of another shape or lacks an expert.
         """
-        array = as_load(load, "load", least_axes=2, check=check)
-        if array.shape != self.shape:
+        if isinstance(load, History):
+            array, shape, axes = load, jax.tree.map(jnp.shape, load), load.current.shape
+        else:
+            array = as_load(load, "load", least_axes=2, check=check)
+            shape = axes = array.shape
+        if shape != self.shape:
             raise ValueError(
-                f"load must have the shape that was compiled for, {self.shape}, got {array.shape}"
+                f"load must have the shape that was compiled for, {self.shape}, got {shape}"
             )
         if self.with_previous != (previous is not None):
             expected = "needs" if self.with_previous else "takes no"
@@ -66,10 +71,10 @@ class CompiledPlan:
                 f"this plan {expected} previous; "
                 f"precompile with with_previous={not self.with_previous}"
             )
-        arguments = [jax.device_put(array, self.sharding)]
+        arguments: list[Any] = [jax.device_put(array, self.sharding)]
         if previous is not None:
-            old = as_placement(previous, "previous", self.shape[-1])
-            got, wanted = tuple(x.shape for x in old), _shapes(self.shape, self.topology)
+            old = as_placement(previous, "previous", axes[-1])
+            got, wanted = tuple(x.shape for x in old), _shapes(axes, self.topology)
             if got != wanted:
                 raise ValueError(f"previous must have maps of the shapes {wanted}, got {got}")
             arguments.append(jax.device_put(old, _by_layer(self.sharding)))
@@ -77,7 +82,7 @@ class CompiledPlan:
 
 
 def precompile(
-    shape: Sequence[int],
+    shape: Sequence[int] | History,
     topology: Topology,
     *,
     policy: Policy = "auto",
@@ -94,7 +99,8 @@ def precompile(
     (``jax.config.update("jax_compilation_cache_dir", path)``) a later process reads it from there.
 
     Args:
-        shape: (L, E) or (T, L, E): the shape of the loads.
+        shape: (L, E) or (T, L, E): the shape of the loads. Or a history of that shape, such as
+            that of `eplb_jax.init_history`.
         topology: As of `plan`, like policy, strategy and key.
         policy: "auto", "global" or "hierarchical".
         strategy: A name or a `Strategy`.
@@ -116,17 +122,27 @@ def precompile(
         >>> compiled([[90, 30, 20, 10]]).phy2log.tolist()
         [[0, 3, 0, 3, 1, 2]]
     """
-    axes = tuple(as_count("shape", size, least=0) for size in shape)
-    if len(axes) not in (2, 3):
-        raise ValueError(f"shape must be (L, E) or (T, L, E), got {axes}")
+    if isinstance(shape, History):
+        axes, compiled_for = shape.current.shape, jax.tree.map(jnp.shape, shape)
+        load = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None)),
+            shape,
+        )
+        if sharding is not None:
+            raise ValueError("sharding must be None for a history; a history has its own")
+    else:
+        axes = compiled_for = tuple(as_count("shape", size, least=0) for size in shape)
+        load = jax.ShapeDtypeStruct(axes, jnp.float32, sharding=sharding)
+        if len(axes) not in (2, 3):
+            raise ValueError(f"shape must be (L, E) or (T, L, E), got {axes}")
     check_topology(topology)
     options: dict[str, Any] = {"policy": policy, "strategy": strategy, "key": key}
     options |= {"max_moves": max_moves, "move_penalty": move_penalty}
 
-    def make(load: Array, old: Placement | None = None) -> Placement:
+    def make(load: Array | History, old: Placement | None = None) -> Placement:
         return plan(load, topology, previous=old, **options)
 
-    arguments: list[Any] = [jax.ShapeDtypeStruct(axes, jnp.float32, sharding=sharding)]
+    arguments: list[Any] = [load]
     if with_previous:
         place = partial(jax.ShapeDtypeStruct, dtype=jnp.int32, sharding=_by_layer(sharding))
         arguments.append(Placement(*(place(x) for x in _shapes(axes, topology))))  # pyright: ignore
@@ -135,7 +151,7 @@ def precompile(
         slots = np.resize(np.arange(num_experts), (num_layers, topology.num_replicas))
         as_placement(slots, "previous", num_experts)
     executable = jax.jit(make).lower(*arguments).compile()
-    return CompiledPlan(axes, topology, with_previous, executable, sharding)
+    return CompiledPlan(compiled_for, topology, with_previous, executable, sharding)
 
 
 def _by_layer(sharding: jax.sharding.Sharding | None) -> jax.sharding.Sharding | None:

@@ -9,7 +9,7 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Key
 
-from eplb_jax.packing.exchange import Exchanges, State, columns
+from eplb_jax.packing.exchange import Exchanges, State, columns, count_windows
 from eplb_jax.packing.kernels.layer import AT_ONCE, Layer, Ref, Sizes, along_axis, call_of, loop
 from eplb_jax.packing.pair_exchange import Pairs, bundles_of, schedule
 from eplb_jax.packing.peak_exchange import Peak
@@ -57,6 +57,7 @@ class InKernel(Exchanges):
         kernel = partial(_all_steps, s, self, labelled)
         call = call_of(kernel, [s.positions * s.columns, *scratch], self.interpret, warps=4)
         given = state.value.ravel(), state.label.ravel(), to.ravel(), first, last
+        given += (count_windows(state.value)[None],)
         position = call(*map(jnp.asarray, given))[0].reshape(s.positions, s.columns)
         flat = jax.tree.map(lambda x: x.reshape(*x.shape[:-2], -1), state)
         return State(*(columns(x, position[:capacity, :packs]) for x in flat))

@@ -106,6 +106,7 @@ class Layer(NamedTuple):
     to: Ref  # [rounds columns]: where the pack of every rank goes
     first: Ref  # [rows]: the first position of every bundle
     last: Ref
+    count: Ref  # [1]: windows with load
     position: Ref  # [positions columns]
     after: Ref  # [windows rows pairs]: what packs weigh without a bundle
     fixed: Ref  # [2 positions pairs]
@@ -158,7 +159,7 @@ class Layer(NamedTuple):
         s = self.sizes
         position, pack = along_axis(0, s.positions), along_axis(1, s.columns)[0]
         item = self.item(position, pack[None])
-        turn = _rem(i, 2) * (_rem(_div(i, 2), s.windows) + 1)
+        turn = _rem(i, 2) * (lax.rem(_div(i, 2), self.count[0]) + 1)
         visible = self.chosen(self.loads(item), turn - 1)
         self.visible[pack] = visible
         self.barrier()
@@ -251,11 +252,11 @@ class Layer(NamedTuple):
 
     def lower(self, step: Array, last: Array) -> Array:
         """A step of `Peak`; returns the last duplicate that was tried."""
-        windows, capacity, num_packs, *_ = self.sizes
+        _, capacity, num_packs, *_ = self.sizes
         position, pack = along_axis(0, self.sizes.positions), along_axis(1, self.sizes.columns)[0]
         item = self.item(position, pack[None])
         load, value = self.loads(item), self.values(item)
-        visible = self.chosen(load, _rem(step, windows))
+        visible = self.chosen(load, lax.rem(step, self.count[0]))
         top = _first(visible, jnp.max(visible), pack)
         known, urgent, only = (pack == top)[None], step < 0, step
         if self.labelled:

@@ -1,0 +1,74 @@
+"""Histories in files: a service restarts with what it knew."""
+
+import os
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.tree_util import tree_leaves_with_path
+
+from eplb_jax.planning.history import History, empty_history
+
+_FORMAT = 1
+"""Version of the format."""
+
+
+def save_history(path: str | Path, history: History) -> None:
+    """Write a history to one .npz file, completely or not at all.
+
+    Args:
+        path: The file, usually NAME.npz; replaced if it exists.
+        history: What to save.
+
+    Raises:
+        OSError: The file cannot be written.
+    """
+    arrays: dict[str, Any] = {"version": np.int32(_FORMAT)}
+    arrays |= {"/".join(_names(key)): np.asarray(x) for key, x in tree_leaves_with_path(history)}
+    path = Path(path)
+    part = path.absolute().with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with part.open("wb") as file:
+            np.savez_compressed(file, **arrays)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def load_history(path: str | Path) -> History:
+    """A history that `save_history` wrote, bit for bit.
+
+    Args:
+        path: The file.
+
+    Raises:
+        OSError: The file cannot be read.
+        ValueError: It is no history, or of another version of the format.
+
+    Example:
+        >>> load_history("history.npz").recent.shape  # doctest: +SKIP
+        (8, 58, 256)
+    """
+    empty = empty_history(1, 0, 0, 1)
+    try:
+        with np.load(path) as file:
+            stored = dict(file)
+    except (ValueError, zipfile.BadZipFile, EOFError) as error:
+        raise ValueError(f"{path} is no history: {error}") from error
+    if stored.pop("version", None) != _FORMAT:
+        raise ValueError(f"{path} is no history of format {_FORMAT}; save_history writes it")
+    names = ["/".join(_names(key)) for key, _ in tree_leaves_with_path(empty)]
+    missing = sorted(set(names) - set(stored))
+    if missing:
+        raise ValueError(f"{path} is no whole history: {missing[0]} is missing")
+    return jax.tree.unflatten(
+        jax.tree.structure(empty), [jnp.asarray(stored[name]) for name in names]
+    )
+
+
+def _names(path: Sequence[Any]) -> list[str]:
+    return [key.name for key in path]
