@@ -4,10 +4,11 @@
     python benchmarks/next_window.py            # tables: two minutes
     python benchmarks/next_window.py --plot     # also the picture of imbalance against max_moves
 
-One plan per window from the eight windows before; the mean over layers and windows of max / mean
-GPU load - 1. Measured traces are the bundled ones, the one of DeepSeek-V2-Lite also in random
-order; synthetic ones come from `eplb_jax.traces`. There `auto` also plans for the last window
-alone, the mean of the windows and exponentially weighted means.
+One plan per window, from an `eplb_jax.History` of the eight windows before and eight groups of
+older ones; the mean over layers and windows of max / mean GPU load - 1. Measured traces are the
+bundled ones, the one of DeepSeek-V2-Lite also in random order; synthetic ones come from
+`eplb_jax.traces`. There `auto` also plans for the last window alone, the mean of the last eight and
+exponentially weighted means of them.
 """
 
 import argparse
@@ -18,7 +19,12 @@ from rich.console import Console
 from rich.table import Table
 
 import eplb_jax
-from eplb_jax import Topology, plan_from_last_window, plan_from_windows, replay
+from eplb_jax import (
+    Topology,
+    plan_from_history,
+    plan_from_last_window,
+    replay,
+)
 from eplb_jax.evaluation.replay import Planner
 
 MEASURED = [
@@ -54,6 +60,7 @@ def plan_from_mean(topology: Topology, gain: float | None) -> Planner:
 
     def plan(past: np.ndarray, placed: eplb_jax.Placement | None) -> eplb_jax.Placement:
         del placed
+        past = past[-8:]
         share = past / past.sum(axis=2, keepdims=True)
         age = np.arange(len(past))[::-1]
         weight = np.ones(len(past)) if gain is None else (1 - gain) ** age
@@ -65,9 +72,9 @@ def plan_from_mean(topology: Topology, gain: float | None) -> Planner:
 
 def measure(trace: np.ndarray, planner: Planner, topology: Topology) -> tuple[float, float, float]:
     """Imbalance in %, moves per layer and plan, and milliseconds of a plan."""
-    result = replay(trace, planner, topology)
+    result = replay(trace, planner, topology, all_past=True)
     slots = result.moves.mean() if result.moves.size else 0.0
-    return 100 * result.imbalance.mean(), slots, 1e3 * float(np.median(result.seconds))
+    return 100 * result.mean_imbalance, slots, 1e3 * float(np.median(result.seconds))
 
 
 def table_of_measured(strategy: str) -> Table:
@@ -80,8 +87,8 @@ def table_of_measured(strategy: str) -> Table:
         row = [f"{name}{', shuffled' * shuffled}", f"{slots} / {gpus}"]
         for planner in (
             plan_from_last_window(topology),
-            plan_from_windows(topology, strategy=strategy),
-            plan_from_windows(topology, strategy=strategy, max_moves=slots // 4),
+            plan_from_history(topology, strategy=strategy),
+            plan_from_history(topology, strategy=strategy, max_moves=slots // 4),
         ):
             imbalance, moved, ms = measure(trace, planner, topology)
             row += [f"{imbalance:.2f}", f"{100 * moved / slots:.0f} %", f"{ms:.1f}"]
@@ -103,7 +110,7 @@ def table_of_synthetic(strategy: str, shape: tuple[int, int], topology: Topology
                 plan_from_last_window(topology),
                 plan_from_last_window(topology, strategy="auto"),
                 *(plan_from_mean(topology, gain) for gain in (None, *GAINS)),
-                plan_from_windows(topology, strategy=strategy, keep=False),
+                plan_from_history(topology, strategy=strategy, keep=False),
             )
         ]
         shown = [*values[:3], min(values[3:-1]), values[-1]]
@@ -133,11 +140,11 @@ def draw(strategy: str) -> None:
             limits = [round(slots * x) for x in (0, 0.01, 0.03, 0.06, 0.1, 0.15, 0.25, 0.4, 0.6)]
             curve = [
                 measure(
-                    trace, plan_from_windows(topology, strategy=strategy, max_moves=x), topology
+                    trace, plan_from_history(topology, strategy=strategy, max_moves=x), topology
                 )
                 for x in limits
             ]
-            free = measure(trace, plan_from_windows(topology, strategy=strategy), topology)
+            free = measure(trace, plan_from_history(topology, strategy=strategy), topology)
             greedy = measure(trace, plan_from_last_window(topology), topology)
             moved = [100 * x / slots for _, x, _ in curve]
             axes.plot(moved, [x for x, _, _ in curve], "o-", color="#1f77b4", label="max_moves")

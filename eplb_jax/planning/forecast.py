@@ -31,6 +31,9 @@ _TRUST = 4
 _MOST_TRUST = 8
 """Maximum weight of a prediction, in windows per window."""
 
+_STANDARD_ERRORS = 1.5
+"""By so many standard errors the lead of a prediction over the mean is taken to be less."""
+
 _PRIOR, _PRIOR_GAIN = 1.0, 0.05
 """Before there is evidence: so many windows, in which memory was so much nearer than the last."""
 
@@ -115,7 +118,7 @@ def forecast(history: History, *, by_size: bool = False) -> Forecast:
     A window weighs its evidence; a group that of its windows, times the trust in memory. The
     prediction is the exponentially weighted mean that leads the mean of the recent windows most. It
     weighs _TRUST (r^2 - 1) windows per recent window, _MOST_TRUST at most, r the ratio of their
-    errors, with a standard error taken from the lead.
+    errors, with 1.5 standard errors taken from the lead.
     """
     share, weight, says = weigh(history, by_size=by_size)
     load = weighted_mean(share, weight)
@@ -151,7 +154,7 @@ def weigh(
 def _prediction(history: History) -> tuple[Int32[Array, "L E"], Float[Array, " L"]]:
     """The prediction of each layer, and its weight in windows per recent window."""
     scores = history.scores
-    sure = scores.lead - jnp.sqrt(scores.lead_squared)
+    sure = scores.lead - unfused(_STANDARD_ERRORS * jnp.sqrt(scores.lead_squared))
     lead = jnp.max(sure, axis=0)
     best = first_equal(sure, lead)
     left = scores.error - lead
