@@ -7,22 +7,18 @@ trace: by how much it would have foretold later windows better (`eplb_jax.planni
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int32
 
 from eplb_jax.arrays import along, first_equal, ordered_sum, relative, sanitise, unfused
-from eplb_jax.planning.history import (
-    RECENT,
-    REMEMBERED,
-    History,
-    Scores,
-    add_window,
-    empty_history,
-)
+from eplb_jax.checks import LoadLike, as_load
+from eplb_jax.planning.history import RECENT, REMEMBERED, History, add_window, empty_history
+from eplb_jax.planning.scores import Scores
 from eplb_jax.planning.windows import TOTAL, evidence_of, finite, weighted_mean, windows_of
 
 _TRUST = 4
@@ -57,6 +53,39 @@ class Forecast(NamedTuple):
     def map(self, change: Callable[[Array], Array]) -> "Forecast":
         """The same function of all fields."""
         return jax.tree.map(change, self)
+
+
+def as_load_or_history(
+    value: LoadLike | History, name: str, **options: Any
+) -> Array | np.ndarray | History:
+    """`as_load`, which a history needs not."""
+    return value if isinstance(value, History) else as_load(value, name, **options)
+
+
+def layers_and_experts(load: Array | np.ndarray | History) -> tuple[int, int]:
+    """Layers and experts."""
+    array = load.current if isinstance(load, History) else load
+    return array.shape[-2], array.shape[-1]
+
+
+def as_weights(
+    weights: LoadLike | Literal["equal"] | None, load: Array | np.ndarray | History
+) -> Float[Array, " T"] | None:
+    """The weight of every window of an array of windows; None: by evidence."""
+    if weights is None:
+        return None
+    if isinstance(load, History):
+        raise ValueError("weights must be None for a history, whose windows have their own")
+    if load.ndim < 3:
+        raise ValueError(f"weights are of windows [T, L, E]; load has the shape {load.shape}")
+    if isinstance(weights, str):
+        if weights != "equal":
+            raise ValueError(f'weights={weights!r} is not known; nearest: weights="equal"')
+        return jnp.ones(len(load), jnp.float32)
+    array = jnp.asarray(as_load(weights, "weights", ("window",)))
+    if array.shape != load.shape[:1]:
+        raise ValueError(f"weights must have the shape {load.shape[:1]}, got {array.shape}")
+    return array
 
 
 def forecast_of(

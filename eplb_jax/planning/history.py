@@ -18,12 +18,12 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int32, Num
 
-from eplb_jax.arrays import ordered_sum, unfused
+from eplb_jax.arrays import ordered_sum
 from eplb_jax.checks import as_count
+from eplb_jax.planning.scores import KEPT, Scores, score
 from eplb_jax.planning.windows import (
     Groups,
     Windows,
-    distance,
     finite,
     merge_two,
     weighted_mean,
@@ -39,33 +39,6 @@ REMEMBERED = 8
 
 GAINS = (64, 45, 32, 19, 10)
 """Gains of the exponentially weighted means, in 64ths."""
-
-_KEPT = 1 - 1 / 64
-"""What is left of a weight or score after one more window."""
-
-
-class Scores(NamedTuple):
-    """How well each part of a history would have foretold the windows that came after it.
-
-    Errors are sums of absolute differences of shares, weighted by evidence; older ones decay.
-
-    Attributes:
-        seen: Weight of the windows so far.
-        error: Error of the mean of the recent windows.
-        lead: By how much the error of each exponentially weighted mean was less.
-        lead_squared: Sum of the squares of that.
-        tried: Weight of the windows that there were remembered ones for.
-        nearest: Distance to the nearest recent window.
-        gain: By how much the nearest remembered one was nearer.
-    """
-
-    seen: Float[Array, " L"]
-    error: Float[Array, " L"]
-    lead: Float[Array, "gains L"]
-    lead_squared: Float[Array, "gains L"]
-    tried: Float[Array, " L"]
-    nearest: Float[Array, " L"]
-    gain: Float[Array, " L"]
 
 
 class History(NamedTuple):
@@ -93,6 +66,10 @@ class History(NamedTuple):
     current: Float[Array, "L E"]
     rest: Float[Array, "L E"]
     steps: Int32[Array, ""]
+
+    def groups(self) -> Groups:
+        """The groups of older windows."""
+        return Groups(self.remembered, self.tokens, self.windows)
 
     def where(self, chosen: Bool[Array, " L"], other: "History") -> "History":
         """The layers that are chosen, with those of another history in place of the rest."""
@@ -251,9 +228,9 @@ def _merge(histories: tuple[History, ...]) -> History:
         for name in ("recent", "current", "rest")
     )
     windows = windows_of(recent)
-    groups = Groups(first.remembered, first.tokens, first.windows / count)
+    groups = first.groups()._replace(windows=first.windows / count)
     if len(first.remembered) and count > 1:
-        others = [Groups(x.remembered, x.tokens, x.windows / count) for x in histories[1:]]
+        others = [x.groups()._replace(windows=x.windows / count) for x in histories[1:]]
         others = jax.tree.map(lambda *x: jnp.concatenate(x), *others)
         groups, _ = lax.scan(lambda x, y: (merge_two(x, y, windows), None), groups, others)
     share = jnp.stack([x.means for x in histories])
@@ -287,47 +264,16 @@ def add_window(past: History, load: Float[Array, "L E"], *, by_size: bool = Fals
         tokens=groups.tokens,
         windows=groups.windows,
         means=means,
-        scores=_score(past, windows),
+        scores=score(past.scores, past.means, past.groups(), windows),
     )
     return after.where(present, past)
 
 
-def _score(past: History, windows: Windows) -> Scores:
-    """The scores after one more window, by what was known before it."""
-    new, weight = windows.share[-1], windows.evidence[-1]
-    scores, share = past.scores, windows.share[:-1]
-    known = windows.evidence[:-1]
-
-    def add(score: Float[Array, "*g L"], term: Float[Array, "*g L"]) -> Float[Array, "*g L"]:
-        return unfused(score * _KEPT) + unfused(term)
-
-    # Before the second window the means are all the same.
-    compared = jnp.where(jnp.sum((known > 0).astype(jnp.int32), axis=0) > 1, weight, 0)
-    error = distance(new, weighted_mean(share, known))
-    lead = error[None] - distance(new[None], past.means)
-    far = 2.0  # no two windows are further apart
-    nearest = jnp.min(jnp.where(known > 0, distance(new[None], share), far), axis=0)
-    tried, gain = jnp.zeros_like(weight), jnp.zeros_like(weight)
-    if len(past.remembered):
-        known = past.windows > 0
-        tried = jnp.where(jnp.any(known, axis=0), weight, 0)
-        nearer = jnp.min(jnp.where(known, distance(new[None], past.remembered), far), axis=0)
-        gain = jnp.maximum(nearest - nearer, 0)
-    return Scores(
-        seen=add(scores.seen, weight),
-        error=add(scores.error, compared * error),
-        lead=add(scores.lead, compared[None] * lead),
-        lead_squared=add(scores.lead_squared, compared[None] * unfused(lead * lead)),
-        tried=add(scores.tried, tried),
-        nearest=add(scores.nearest, tried * nearest),
-        gain=add(scores.gain, tried * gain),
-    )
-
-
 def _remember(past: History, windows: Windows) -> Groups:
     """The groups with the oldest recent window among them, the two most alike merged."""
-    if not len(past.remembered):
-        return Groups(past.remembered, past.tokens, past.windows)
-    groups = Groups(past.remembered, past.tokens * _KEPT, past.windows * _KEPT)
+    groups = past.groups()
+    if not len(groups.windows):
+        return groups
+    groups = groups._replace(tokens=groups.tokens * KEPT, windows=groups.windows * KEPT)
     share, tokens = windows.share[0], windows.tokens[0]
     return merge_two(groups, Groups(share, tokens, (tokens > 0).astype(jnp.float32)), windows)

@@ -13,13 +13,17 @@ from eplb_jax.checks import (
     as_count,
     as_key,
     as_limit,
-    as_load,
     as_penalty,
     check_divides,
     check_multiple,
 )
 from eplb_jax.packing.balanced_packing import check_size
-from eplb_jax.planning.forecast import forecast_of
+from eplb_jax.planning.forecast import (
+    as_load_or_history,
+    as_weights,
+    forecast_of,
+    layers_and_experts,
+)
 from eplb_jax.planning.history import History
 from eplb_jax.planning.per_node import fresh_plan
 from eplb_jax.planning.placement import (
@@ -160,10 +164,12 @@ def rebalance_experts(
     References:
         DeepSeek-AI, EPLB (github.com/deepseek-ai/EPLB): the function of this name.
     """
-    load = _as_load(weight, "weight", least_axes=2, check=options.pop("check", True))
+    load = as_load_or_history(weight, "weight", least_axes=2, check=options.pop("check", True))
     num_replicas = as_count("num_replicas", num_replicas)
     num_gpus, num_nodes = as_count("num_gpus", num_gpus), as_count("num_nodes", num_nodes)
-    check_multiple("num_replicas", num_replicas, "num_gpus", num_gpus, least=_shape_of(load)[1])
+    check_multiple(
+        "num_replicas", num_replicas, "num_gpus", num_gpus, least=layers_and_experts(load)[1]
+    )
     num_groups = as_count("num_groups", num_groups)
     if num_gpus % num_nodes and resolve_policy(policy, num_groups, num_nodes) == "global":
         num_nodes = 1  # the global policy needs no nodes
@@ -191,7 +197,7 @@ def plan_replicas(load: LoadLike | History, topology: Topology, **options: Any) 
         >>> plan_replicas([[90, 30, 20, 10]], Topology(3, slots=2)).rank.tolist()
         [[1, 1, 0, 0, 0, 0]]
     """
-    array = _as_load(load, "load", check=options.pop("check", True))
+    array = as_load_or_history(load, "load", check=options.pop("check", True))
     if isinstance(array, History) or array.ndim > 1:
         return _plan_replicas(array, topology, "load", **options)
     if options.get("previous") is not None:
@@ -199,37 +205,6 @@ def plan_replicas(load: LoadLike | History, topology: Topology, **options: Any) 
         options["previous"] = Placement(*(x[None] for x in old))
     one = _plan_replicas(array[None], topology, "load", **options)
     return Replication(*(x[0] for x in one))
-
-
-def _as_load(value: LoadLike | History, name: str, **options: Any) -> Array | np.ndarray | History:
-    """`as_load`, which a history needs not."""
-    return value if isinstance(value, History) else as_load(value, name, **options)
-
-
-def _shape_of(load: Array | np.ndarray | History) -> tuple[int, int]:
-    """Layers and experts."""
-    array = load.current if isinstance(load, History) else load
-    return array.shape[-2], array.shape[-1]
-
-
-def _as_weights(
-    weights: LoadLike | Literal["equal"] | None, load: Array | np.ndarray | History
-) -> Float[Array, " T"] | None:
-    """The weight of every window of an array of windows; None: by evidence."""
-    if weights is None:
-        return None
-    if isinstance(load, History):
-        raise ValueError("weights must be None for a history, whose windows have their own")
-    if load.ndim < 3:
-        raise ValueError(f"weights are of windows [T, L, E]; load has the shape {load.shape}")
-    if isinstance(weights, str):
-        if weights != "equal":
-            raise ValueError(f'weights={weights!r} is not known; nearest: weights="equal"')
-        return jnp.ones(len(load), jnp.float32)
-    array = jnp.asarray(as_load(weights, "weights", ("window",)))
-    if array.shape != load.shape[:1]:
-        raise ValueError(f"weights must have the shape {load.shape[:1]}, got {array.shape}")
-    return array
 
 
 def _plan_replicas(
@@ -246,11 +221,11 @@ def _plan_replicas(
     move_penalty: float | None = None,
 ) -> Replication:
     """The checks of `plan`, and the choice of what to run. Loads are checked already."""
-    num_layers, num_experts = _shape_of(load)
+    num_layers, num_experts = layers_and_experts(load)
     check_topology(topology)
     hierarchical = _is_hierarchical(topology, policy, num_experts)
     search = topology if hierarchical else Topology(topology.num_gpus, topology.slots)
-    seen = load, _as_weights(weights, load), as_key(key)
+    seen = load, as_weights(weights, load), as_key(key)
     fresh = partial(fresh_plan, *seen, topology=search, strategy=resolve_strategy(strategy))
     if previous is None:
         for limit, value in (("max_moves", max_moves), ("move_penalty", move_penalty)):

@@ -10,6 +10,9 @@ import torch
 import eplb_torch.eplb
 from eplb_jax import Strategy, resolve_strategy
 
+_WINDOWS = 16
+"""Windows that the steps of a call are added up to: a step is too short to say much."""
+
 
 def rebalance_experts(
     tokens_per_expert: torch.Tensor,
@@ -24,9 +27,9 @@ def rebalance_experts(
     """Plan from measured loads, with SGLang's arguments.
 
     Args:
-        tokens_per_expert: [T, L, E], loads of T steps, oldest first, or [L, E]. Steps are windows;
-            more than 16 are merged into 16, and strategies that do not use windows, such as
-            "greedy", plan for their sum, as SGLang does.
+        tokens_per_expert: [T, L, E], loads of T steps, oldest first, or [L, E]. Consecutive steps
+            are added up to at most 16 windows; strategies that do not use windows, such as
+            "greedy", plan for the sum of all, as SGLang does.
         num_physical_experts: R, physical slots of a layer.
         num_local_physical_experts: Slots of one GPU; divides R.
         num_groups: Groups of consecutive experts; None for a model without.
@@ -60,8 +63,12 @@ def rebalance_experts(
         )
     load = tokens_per_expert
     steps = isinstance(load, torch.Tensor) and load.ndim == 3 and not load.is_complex()
-    if steps and not resolve_strategy(strategy).distinct:
-        load = load.sum(dim=0, dtype=torch.float64 if load.is_floating_point() else torch.int64)
+    if steps:
+        windows = min(len(load), _WINDOWS) if resolve_strategy(strategy).distinct else 1
+        dtype = torch.float64 if load.is_floating_point() else torch.int64
+        if 0 < windows < len(load):
+            sums = [x.sum(dim=0, dtype=dtype) for x in load.tensor_split(windows)]
+            load = torch.stack(sums) if windows > 1 else sums[0]
     return eplb_torch.eplb.rebalance_experts(
         load,
         replicas,

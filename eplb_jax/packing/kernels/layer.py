@@ -293,7 +293,7 @@ class Layer(NamedTuple):
 
         before = reduce(jnp.add, [jnp.maximum(x, y) for x, y in zip(mine, load, strict=True)])
         good = lowest < jnp.where(urgent, MOST, of_other(before))
-        out, at = of_other(out), of_other(at)
+        out, at = (of_other(x) for x in (out, at))
         ours, theirs = self.item(out, top), self.item(at, other)
         self.barrier()
         self.put(out, top, theirs, good)
