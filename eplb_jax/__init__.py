@@ -43,10 +43,10 @@ from eplb_jax.planning.history_files import load_history as load_history
 from eplb_jax.planning.history_files import save_history as save_history
 from eplb_jax.planning.placement import check_placement as check_placement
 from eplb_jax.planning.placement import placement_of as placement_of
-from eplb_jax.planning.plan import Policy as Policy
 from eplb_jax.planning.plan import plan as plan
 from eplb_jax.planning.plan import plan_replicas as plan_replicas
 from eplb_jax.planning.plan import rebalance_experts as rebalance_experts
+from eplb_jax.planning.policy import Policy as Policy
 from eplb_jax.planning.precompile import CompiledPlan as CompiledPlan
 from eplb_jax.planning.precompile import precompile as precompile
 from eplb_jax.planning.replication import replicate_experts as replicate_experts

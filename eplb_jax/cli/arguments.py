@@ -7,7 +7,7 @@ import numpy as np
 from typer import Argument, Option
 
 from eplb_jax.evaluation import loads
-from eplb_jax.planning.plan import Policy
+from eplb_jax.planning.policy import Policy
 
 FILES = f"a .npz, .npy, .json or .csv file, 'example', or one of: {', '.join(loads.EXAMPLES)}"
 SHAPES = "[layers, experts], or [windows, layers, experts] with the oldest window first"

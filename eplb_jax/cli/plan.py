@@ -17,8 +17,8 @@ from eplb_jax.cli.arguments import Gpus, Groups, Load, Nodes, Plot, PolicyName, 
 from eplb_jax.cli.files import check_drawable, check_writable, write_figure, write_whole
 from eplb_jax.evaluation.metrics import Balance, balance, balance_of, gap, gpu_loads_in_order
 from eplb_jax.evaluation.replay import time_plan
-from eplb_jax.planning.plan import Policy, resolve_policy
 from eplb_jax.planning.plan import plan as make_plan
+from eplb_jax.planning.policy import Policy, resolve_policy
 from eplb_jax.planning.strategies import STRATEGIES
 from eplb_jax.types import Topology
 

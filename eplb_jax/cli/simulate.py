@@ -20,7 +20,7 @@ from eplb_jax.evaluation.replay import (
     without_balancer,
 )
 from eplb_jax.planning.history import REMEMBERED
-from eplb_jax.planning.plan import Policy
+from eplb_jax.planning.policy import Policy
 from eplb_jax.planning.strategies import STRATEGIES
 from eplb_jax.types import Topology
 

@@ -23,7 +23,8 @@ from eplb_jax.planning.history import (
     init_history,
     update_history,
 )
-from eplb_jax.planning.plan import Policy, plan
+from eplb_jax.planning.plan import plan
+from eplb_jax.planning.policy import Policy
 from eplb_jax.planning.strategies import Strategy, resolve_strategy
 from eplb_jax.transition.moves import moves
 from eplb_jax.types import Placement, Topology, check_topology

@@ -1,7 +1,7 @@
 """The whole plan: groups to nodes, replicas within nodes, replicas to GPUs."""
 
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -14,10 +14,8 @@ from eplb_jax.checks import (
     as_key,
     as_limit,
     as_penalty,
-    check_divides,
     check_multiple,
 )
-from eplb_jax.packing.balanced_packing import check_size
 from eplb_jax.planning.forecast import (
     as_load_or_history,
     as_weights,
@@ -33,14 +31,12 @@ from eplb_jax.planning.placement import (
     ranks_in,
     ranks_listed,
 )
+from eplb_jax.planning.policy import Policy, is_hierarchical, resolve_policy
 from eplb_jax.planning.strategies import Strategy, resolve_strategy
 from eplb_jax.sharding import by_layers
 from eplb_jax.transition.local_search import improve_plan, plan_cost
 from eplb_jax.transition.relabel import relabel
-from eplb_jax.types import Placement, Replication, Topology, check_experts, check_topology
-
-Policy = Literal["auto", "global", "hierarchical"]
-"""Whether groups of experts are kept on nodes: see `plan`."""
+from eplb_jax.types import Placement, Replication, Topology, check_topology
 
 
 def plan(
@@ -223,7 +219,7 @@ def _plan_replicas(
     """The checks of `plan`, and the choice of what to run. Loads are checked already."""
     num_layers, num_experts = layers_and_experts(load)
     check_topology(topology)
-    hierarchical = _is_hierarchical(topology, policy, num_experts)
+    hierarchical = is_hierarchical(topology, policy, num_experts)
     search = topology if hierarchical else Topology(topology.num_gpus, topology.slots)
     seen = load, as_weights(weights, load), as_key(key)
     fresh = partial(fresh_plan, *seen, topology=search, strategy=resolve_strategy(strategy))
@@ -245,31 +241,6 @@ def _plan_replicas(
     most = as_limit("max_moves", topology.num_replicas if max_moves is None else max_moves)
     penalty = as_penalty("move_penalty", 0.0 if move_penalty is None else move_penalty)
     return _limited(*seen, old, most, penalty, strategy=resolve_strategy(strategy), **nodes)
-
-
-def resolve_policy(
-    policy: Policy, num_groups: int, num_nodes: int
-) -> Literal["global", "hierarchical"]:
-    """The policy that "auto" stands for: hierarchical exactly if num_nodes divides num_groups."""
-    if policy not in get_args(Policy):
-        known = ", ".join(get_args(Policy))
-        raise ValueError(f"policy={policy!r} is not known; choose one of: {known}")
-    if policy == "auto":
-        return "global" if num_groups % num_nodes else "hierarchical"
-    return policy
-
-
-def _is_hierarchical(topology: Topology, policy: Policy, num_experts: int) -> bool:
-    """Whether groups are packed to nodes; raises ValueError where topology and experts misfit."""
-    num_groups, num_nodes = topology.num_groups, topology.num_nodes
-    check_experts(topology, num_experts)
-    if resolve_policy(policy, num_groups, num_nodes) == "global":
-        check_size(topology.num_replicas, topology.num_gpus)
-        return False
-    check_divides("num_groups", num_groups, "number of experts", num_experts)
-    check_divides("num_nodes", num_nodes, "num_groups", num_groups, otherwise='policy="global"')
-    check_size(topology.num_replicas // num_nodes, topology.gpus_per_node)
-    return num_nodes > 1
 
 
 @by_layers

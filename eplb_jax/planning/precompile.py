@@ -13,7 +13,8 @@ from jaxtyping import Array, Key
 from eplb_jax.checks import LoadLike, as_count, as_load
 from eplb_jax.planning.history import History
 from eplb_jax.planning.placement import as_placement
-from eplb_jax.planning.plan import Policy, plan
+from eplb_jax.planning.plan import plan
+from eplb_jax.planning.policy import Policy
 from eplb_jax.planning.strategies import Strategy
 from eplb_jax.types import Placement, Topology, check_topology
 

@@ -2,8 +2,7 @@
 
 A layer is one block of threads. Threads exchange values through memory, which stays in the caches
 of a multiprocessor, with a barrier after the stores and one after the loads: Triton cannot index
-registers. Its blocks are powers of two, so packs, positions, pairs and bundles are padded, and
-padding is never chosen.
+registers. Blocks are powers of two; padding of packs, positions, pairs, bundles is never chosen.
 """
 
 from collections.abc import Callable

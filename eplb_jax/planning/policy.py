@@ -1,0 +1,35 @@
+"""Whether groups of experts are kept on nodes."""
+
+from typing import Literal, get_args
+
+from eplb_jax.checks import check_divides
+from eplb_jax.packing.balanced_packing import check_size
+from eplb_jax.types import Topology, check_experts
+
+Policy = Literal["auto", "global", "hierarchical"]
+"""Whether groups of experts are kept on nodes: see `plan`."""
+
+
+def resolve_policy(
+    policy: Policy, num_groups: int, num_nodes: int
+) -> Literal["global", "hierarchical"]:
+    """The policy that "auto" stands for: hierarchical exactly if num_nodes divides num_groups."""
+    if policy not in get_args(Policy):
+        known = ", ".join(get_args(Policy))
+        raise ValueError(f"policy={policy!r} is not known; choose one of: {known}")
+    if policy == "auto":
+        return "global" if num_groups % num_nodes else "hierarchical"
+    return policy
+
+
+def is_hierarchical(topology: Topology, policy: Policy, num_experts: int) -> bool:
+    """Whether groups are packed to nodes; raises ValueError where topology and experts misfit."""
+    num_groups, num_nodes = topology.num_groups, topology.num_nodes
+    check_experts(topology, num_experts)
+    if resolve_policy(policy, num_groups, num_nodes) == "global":
+        check_size(topology.num_replicas, topology.num_gpus)
+        return False
+    check_divides("num_groups", num_groups, "number of experts", num_experts)
+    check_divides("num_nodes", num_nodes, "num_groups", num_groups, otherwise='policy="global"')
+    check_size(topology.num_replicas // num_nodes, topology.gpus_per_node)
+    return num_nodes > 1
