@@ -132,7 +132,8 @@ def draw() -> None:
             ):
                 curve = imbalance(trace, topology, start=2, remembered=remembered).mean(axis=1)
                 axes.plot(range(2, len(trace)), 100 * curve, "o-", color=color, label=label)
-            axes.set(title=f"DeepSeek-V2-Lite, {title}", xlabel="window", ylim=(0, None))
+            axes.set(title=f"DeepSeek-V2-Lite, {title}", xlabel="window")
+        all_axes[0].set_ylim(bottom=0)
         all_axes[0].set_ylabel("imbalance, mean over layers, %")
         all_axes[0].legend(frameon=False, title="plans from")
         figure.savefig(PICTURE, dpi=130)

@@ -1,7 +1,7 @@
 """Functions of layers on meshes with explicit axes, which JAX makes by default."""
 
 from collections.abc import Callable
-from functools import wraps
+from functools import partial, wraps
 from typing import Any, TypeVar
 
 import jax
@@ -31,14 +31,19 @@ def by_layers(function: Function) -> Function:
     return automatic  # pyright: ignore[reportReturnType]
 
 
-def under_auto(function: Callable, spec: PartitionSpec, *args: Any) -> Any:
-    """Call a function with explicit axes as automatic ones; its results are sharded by `spec`."""
+def under_auto(function: Callable, spec: Any, *args: Any) -> Any:
+    """Call a function with explicit axes as automatic ones; its results are sharded by `spec`.
+
+    That is one `PartitionSpec` for all, or a pytree with one for each.
+    """
     mesh = explicit_mesh(*args)
     if mesh is None:
         return function(*args)
     axes = zip(mesh.axis_names, mesh.axis_types, strict=True)
     explicit = tuple(name for name, kind in axes if kind == AxisType.Explicit)
-    sharding = NamedSharding(mesh, spec)
+    sharding = jax.tree.map(
+        partial(NamedSharding, mesh), spec, is_leaf=lambda x: isinstance(x, PartitionSpec)
+    )
     return jax.sharding.auto_axes(function, axes=explicit, out_sharding=sharding)(*args)
 
 

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType
 
 import eplb_jax
 from eplb_jax import Topology, plan
@@ -168,7 +169,8 @@ def test_windows_are_a_history_given_whole(count):
         assert_same(greedy, plan(trace, TOPOLOGY, strategy="greedy"))
 
 
-def test_layers_are_independent_and_need_no_communication():
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_layers_are_independent_and_need_no_communication(kind):
     trace = np.concatenate([trace_of(20, seed) for seed in range(8)], axis=1)
     whole = remember(trace)
     part = remember(trace[:, 4:7])
@@ -179,7 +181,7 @@ def test_layers_are_independent_and_need_no_communication():
             for x in jax.tree.leaves(whole)[:-1]
         ],
     )
-    mesh = jax.make_mesh((8,), ("layers",), axis_types=(jax.sharding.AxisType.Auto,))
+    mesh = jax.make_mesh((8,), ("layers",), axis_types=(kind,))
 
     def spread(x):
         axes = ("layers", None) if x.shape[-1:] == (E,) else ("layers",)
@@ -190,7 +192,12 @@ def test_layers_are_independent_and_need_no_communication():
     compiled = jax.jit(eplb_jax.update_history).lower(sharded, window).compile()
     assert not COLLECTIVES.findall(compiled.as_text())
     after = eplb_jax.update_history(whole, jnp.asarray(trace[3]))
-    assert_same(jax.tree.leaves(compiled(sharded, window)), jax.tree.leaves(after))
+    result = compiled(sharded, window)
+    assert_same(jax.tree.leaves(result), jax.tree.leaves(after))
+    assert result.remembered.sharding.spec[1] == "layers"
+    twice = eplb_jax.merge_histories([result, result])
+    assert_same(jax.tree.leaves(twice), jax.tree.leaves(eplb_jax.merge_histories([after] * 2)))
+    assert_same(plan(result, TOPOLOGY, strategy=QUICK), plan(after, TOPOLOGY, strategy=QUICK))
 
 
 def test_files_hold_histories_whole(tmp_path):
@@ -240,6 +247,10 @@ def test_replicas_of_a_service_see_one_traffic():
         (
             lambda: eplb_jax.update_history(eplb_jax.init_history(2, 3), jnp.ones((2, 3)), 0),
             "steps_per_window=0",
+        ),
+        (
+            lambda: eplb_jax.update_history(eplb_jax.init_history(1, 2), [[1, -1]]),
+            r"load .* negative",
         ),
         (lambda: eplb_jax.merge_histories([]), "histories must hold at least one"),
         (

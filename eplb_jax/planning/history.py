@@ -16,10 +16,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int32, Num
+from jaxtyping import Array, Bool, Float, Int32
 
 from eplb_jax.arrays import ordered_sum
-from eplb_jax.checks import as_count
+from eplb_jax.checks import LoadLike, as_count, as_load
 from eplb_jax.planning.scores import KEPT, Scores, score
 from eplb_jax.planning.windows import (
     Groups,
@@ -29,7 +29,7 @@ from eplb_jax.planning.windows import (
     weighted_mean,
     windows_of,
 )
-from eplb_jax.sharding import by_layers
+from eplb_jax.sharding import spec_of, under_auto
 
 RECENT = 8
 """Windows that are kept as they are."""
@@ -131,7 +131,7 @@ def empty_history(recent: int, remembered: int, num_layers: int, num_experts: in
     )
 
 
-def update_history(history: History, load: Num[Array, "L E"], steps_per_window: int = 1) -> History:
+def update_history(history: History, load: LoadLike, steps_per_window: int = 1) -> History:
     """The history after one more step; pure, and meant for `jax.jit`, also inside a model.
 
     Sums over the steps of a window neither overflow nor stop growing: they are float32 with the
@@ -140,12 +140,14 @@ def update_history(history: History, load: Num[Array, "L E"], steps_per_window: 
 
     Args:
         history: What was seen so far.
-        load: Tokens of every expert in this step, float32 or int32. NaN and negative loads count
-            as zero, infinite ones as the largest float32.
+        load: [L, E] tokens of every expert in this step; anything `jnp.asarray` takes. In an array
+            of JAX, which is not read to be checked, NaN and negative loads count as zero and
+            infinite ones as the largest float32.
         steps_per_window: Number of steps of a window.
 
     Raises:
-        ValueError: The load has another shape, or steps_per_window is less than 1.
+        ValueError: The load has another shape, or holds what is NaN, infinite or negative;
+            steps_per_window is less than 1.
 
     Example:
         >>> history = init_history(1, 3, recent=2)
@@ -155,16 +157,17 @@ def update_history(history: History, load: Num[Array, "L E"], steps_per_window: 
         [[[1.0, 2.0, 0.0]], [[5.0, 2.0, 0.0]]]
     """
     steps_per_window = as_count("steps_per_window", steps_per_window)
-    load = jnp.asarray(load)
+    checked = not isinstance(load, jax.Array)  # whose device is not waited for
+    load = as_load(load, "load", ("layer", "expert"), least_axes=2, check=checked)
     if load.shape != history.current.shape:
         raise ValueError(f"load has the shape {load.shape}, the history's {history.current.shape}")
-    return _update(history, load, steps_per_window=steps_per_window)
+    update = partial(_update, steps_per_window=steps_per_window)
+    return under_auto(update, jax.tree.map(spec_of, history), history, load)
 
 
-@by_layers
 @partial(jax.jit, static_argnames="steps_per_window")
-def _update(past: History, load: Num[Array, "L E"], *, steps_per_window: int) -> History:
-    addend = finite(load.astype(jnp.float32)) + past.rest
+def _update(past: History, load: Float[Array, "L E"], *, steps_per_window: int) -> History:
+    addend = finite(load) + past.rest
     total = past.current + addend
     # Knuth's two-sum: the rounding error of `total`.
     gained = total - past.current
@@ -211,10 +214,10 @@ def merge_histories(histories: Sequence[History]) -> History:
                 f"histories must have one shape, got {shapes[0].recent} and {shapes[0].remembered} "
                 f"but {shape.recent} and {shape.remembered} in histories[{i}]"
             )
-    return _merge(tuple(histories))
+    specs = jax.tree.map(spec_of, histories[0])
+    return under_auto(lambda *x: _merge(x), specs, *histories)
 
 
-@by_layers
 @jax.jit
 def _merge(histories: tuple[History, ...]) -> History:
     count = len(histories)
