@@ -11,18 +11,18 @@ Policy = Literal["auto", "global", "hierarchical"]
 
 
 def resolve_policy(
-    policy: Policy, num_groups: int, num_nodes: int
+    policy: str, num_groups: int, num_nodes: int
 ) -> Literal["global", "hierarchical"]:
     """The policy that "auto" stands for: hierarchical exactly if num_nodes divides num_groups."""
     if policy not in get_args(Policy):
         known = ", ".join(get_args(Policy))
         raise ValueError(f"policy={policy!r} is not known; choose one of: {known}")
     if policy == "auto":
-        return "global" if num_groups % num_nodes else "hierarchical"
-    return policy
+        policy = "global" if num_groups % num_nodes else "hierarchical"
+    return "global" if policy == "global" else "hierarchical"
 
 
-def is_hierarchical(topology: Topology, policy: Policy, num_experts: int) -> bool:
+def is_hierarchical(topology: Topology, policy: str, num_experts: int) -> bool:
     """Whether groups are packed to nodes; raises ValueError where topology and experts misfit."""
     num_groups, num_nodes = topology.num_groups, topology.num_nodes
     check_experts(topology, num_experts)
