@@ -34,6 +34,13 @@ from eplb_jax.evaluation.replay import plan_from_windows as plan_from_windows
 from eplb_jax.evaluation.replay import replay as replay
 from eplb_jax.packing.balanced_packing import balanced_packing as balanced_packing
 from eplb_jax.packing.bounds import packing_bound as packing_bound
+from eplb_jax.planning.balancer import VERDICTS as VERDICTS
+from eplb_jax.planning.balancer import Balancer as Balancer
+from eplb_jax.planning.balancer import BalancerState as BalancerState
+from eplb_jax.planning.balancer import Proposal as Proposal
+from eplb_jax.planning.balancer import balancer as balancer
+from eplb_jax.planning.balancer import load_balancer as load_balancer
+from eplb_jax.planning.balancer import save_balancer as save_balancer
 from eplb_jax.planning.bounds import plan_bound as plan_bound
 from eplb_jax.planning.history import History as History
 from eplb_jax.planning.history import init_history as init_history

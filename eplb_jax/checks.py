@@ -111,11 +111,11 @@ def as_experts(
     if is_concrete(array):
         experts = np.asarray(array)
         most = np.iinfo(np.int32).max if num_experts is None else num_experts - 1
-        for where in np.argwhere((experts < 0) | (experts > most))[:1]:
+        for where in np.argwhere((experts < -1) | (experts > most))[:1]:
             layer = f"layer {where[0]}, " if array.ndim == 2 else ""
             raise ValueError(
                 f"{name} at {layer}slot {where[-1]} is {experts[tuple(where)]}; "
-                f"experts are numbered 0 to {most}"
+                f"experts are numbered 0 to {most}, and -1 is none"
             )
     return jnp.asarray(array, jnp.int32)
 
@@ -132,9 +132,9 @@ def check_complete(experts: Int32[Array, "*L R"], num_experts: int, name: str) -
     if not is_concrete(experts):
         return
     by_layer = np.asarray(experts).reshape(-1, experts.shape[-1])
-    held = np.zeros((len(by_layer), num_experts), bool)
+    held = np.zeros((len(by_layer), num_experts + 1), bool)  # the last one counts -1
     held[np.arange(len(by_layer))[:, None], by_layer] = True
-    for layer, expert in np.argwhere(~held)[:1]:
+    for layer, expert in np.argwhere(~held[:, :-1])[:1]:
         where = f" in layer {layer}" if experts.ndim > 1 else ""
         raise ValueError(f"{name} has no slot for expert {expert}{where}")
 

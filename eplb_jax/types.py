@@ -5,9 +5,9 @@ Axis legend, used in every annotation:
 ====  =======================================================================
 L     MoE layers
 E     logical experts of a layer
-R     physical slots of a layer ("replicas" in DeepSeek's signature)
-G     GPUs (any accelerator rank); slot ``s`` is on GPU ``s // (R // G)``
-N     nodes; GPU ``g`` is on node ``g // (G // N)``
+R     physical slots of a layer ("replicas" in DeepSeek's signature), GPU by GPU
+G     GPUs (any accelerator rank), node by node
+N     nodes
 n     items to pack
 m     packs
 c     items per pack, ``n // m``
@@ -17,6 +17,7 @@ X     maximum number of replicas of one expert that a map has room for
 ====  =======================================================================
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -34,35 +35,64 @@ class Topology:
     """GPUs, their slots and nodes, and the groups of experts: what a plan is made for.
 
     Frozen and hashable, so it is a static argument of jitted functions, and equal topologies share
-    one compilation.
+    one compilation. Which GPUs are alive and how fast they are changes while serving: `plan` takes
+    that as arrays.
 
     Attributes:
         num_gpus: G, over all nodes.
-        slots: Physical slots of a GPU; a layer has R = slots * num_gpus of them.
+        slots: Physical slots of a GPU, or of each one, [G]; 0 for a GPU that takes no experts.
         num_nodes: N; divides num_gpus.
         num_groups: Groups of consecutive experts, as in group-limited routing. The hierarchical
             policy keeps the experts of a group on one node.
+        nodes: The node of every GPU, [G], ascending from 0, for nodes of different sizes; num_nodes
+            follows. None: nodes of equal size.
 
     Raises:
         TypeError: A number is not an integer.
-        ValueError: A number is less than 1, or num_nodes does not divide num_gpus.
+        ValueError: A number is too small, num_nodes does not divide num_gpus, or slots or nodes are
+            not one for each GPU.
 
     Example:
         >>> topology = Topology(32, slots=9, num_nodes=4, num_groups=8)
         >>> topology.num_replicas, topology.gpus_per_node
         (288, 8)
+        >>> Topology(3, slots=[2, 2, 1], nodes=[0, 0, 1]).num_replicas
+        5
     """
 
     num_gpus: int
-    slots: int
+    slots: int | Sequence[int]
     num_nodes: int = 1
     num_groups: int = 1
+    nodes: Sequence[int] | None = None
 
     def __post_init__(self) -> None:
         """Check the numbers."""
-        for name in ("num_gpus", "slots", "num_nodes", "num_groups"):
-            object.__setattr__(self, name, as_count(name, getattr(self, name)))
-        check_divides("num_nodes", self.num_nodes, "num_gpus", self.num_gpus)
+        num_gpus = as_count("num_gpus", self.num_gpus)
+        slots, nodes, num_nodes = self.slots, self.nodes, as_count("num_nodes", self.num_nodes)
+        if isinstance(slots, Sequence | np.ndarray):
+            slots = _one_each("slots", slots, num_gpus)
+            slots = slots[0] if len(set(slots)) == 1 else slots
+        if not isinstance(slots, tuple):
+            slots = as_count("slots", slots)
+        if nodes is not None:
+            nodes = _one_each("nodes", nodes, num_gpus)
+            steps = np.diff([0, *nodes])
+            if nodes[0] or not set(steps) <= {0, 1}:
+                nearest = tuple(np.sort(np.unique(nodes, return_inverse=True)[1]).tolist())
+                raise ValueError(f"nodes={nodes} must ascend from 0 by 1; nearest: {nearest}")
+            found = nodes[-1] + 1
+            if num_nodes not in (1, found):
+                raise ValueError(f"num_nodes={num_nodes}, but nodes has {found}; nearest: {found}")
+            num_nodes = found
+            if len(set(np.bincount(nodes))) == 1:
+                nodes = None
+        for name, value in (("num_gpus", num_gpus), ("slots", slots), ("num_nodes", num_nodes)):
+            object.__setattr__(self, name, value)
+        object.__setattr__(self, "nodes", nodes)
+        object.__setattr__(self, "num_groups", as_count("num_groups", self.num_groups))
+        if nodes is None:
+            check_divides("num_nodes", num_nodes, "num_gpus", num_gpus)
 
     @classmethod
     def of_replicas(
@@ -71,8 +101,8 @@ class Topology:
         """The topology with R slots in total; num_gpus must divide num_replicas.
 
         Example:
-            >>> Topology.of_replicas(288, 32)
-            Topology(num_gpus=32, slots=9, num_nodes=1, num_groups=1)
+            >>> Topology.of_replicas(288, 32).slots
+            9
         """
         num_gpus = as_count("num_gpus", num_gpus)
         num_replicas = as_count("num_replicas", num_replicas)
@@ -80,14 +110,57 @@ class Topology:
         return cls(num_gpus, num_replicas // num_gpus, num_nodes, num_groups)
 
     @property
+    def slots_of_gpu(self) -> tuple[int, ...]:
+        """The slots of every GPU."""
+        return (self.slots,) * self.num_gpus if isinstance(self.slots, int) else tuple(self.slots)
+
+    @property
     def num_replicas(self) -> int:
         """R, the physical slots of a layer over all GPUs."""
-        return self.num_gpus * self.slots
+        return sum(self.slots_of_gpu)
+
+    @property
+    def slots_per_gpu(self) -> int:
+        """Slots of a GPU, where all have equally many; ValueError otherwise."""
+        if isinstance(self.slots, int):
+            return self.slots
+        raise ValueError(f"this needs GPUs with equally many slots, got slots={self.slots}")
 
     @property
     def gpus_per_node(self) -> int:
-        """GPUs of a node."""
-        return self.num_gpus // self.num_nodes
+        """GPUs of a node, where all have equally many; ValueError otherwise."""
+        if self.nodes is None:
+            return self.num_gpus // self.num_nodes
+        raise ValueError(f"this needs nodes of equal size, got nodes={self.nodes}")
+
+    @property
+    def is_uniform(self) -> bool:
+        """Whether GPUs have equally many slots, and nodes equally many GPUs."""
+        return isinstance(self.slots, int) and self.nodes is None
+
+    @property
+    def node_of_gpu(self) -> np.ndarray:
+        """The node of every GPU, int32 [G]."""
+        if self.nodes is not None:
+            return np.array(self.nodes, np.int32)
+        return np.arange(self.num_gpus, dtype=np.int32) // self.gpus_per_node
+
+    @property
+    def gpu_of_slot(self) -> np.ndarray:
+        """The GPU of every slot, int32 [R]."""
+        return np.repeat(np.arange(self.num_gpus, dtype=np.int32), self.slots_of_gpu)
+
+    @property
+    def one_node(self) -> "Topology":
+        """The same GPUs without nodes and groups."""
+        return Topology(self.num_gpus, self.slots)
+
+
+def _one_each(name: str, values: Sequence[int] | np.ndarray, num_gpus: int) -> tuple[int, ...]:
+    """A number of at least 0 for every GPU."""
+    if len(values) != num_gpus:
+        raise ValueError(f"{name} has {len(values)} numbers for {num_gpus} GPUs; give one for each")
+    return tuple(as_count(name, x, least=0) for x in values)
 
 
 def check_topology(topology: Topology, num_slots: int | None = None) -> None:
@@ -135,8 +208,8 @@ class Replication(NamedTuple):
 class Placement(NamedTuple):
     """A plan: the expert in every physical slot.
 
-    ``log2phy`` lists the slots of every expert in the order of their rank, padded with -1. The
-    plan of one layer is the same without the axis L.
+    ``log2phy`` lists the slots of every expert in the order of their rank, padded with -1. Slots of
+    GPUs that are not alive hold -1. The plan of one layer is the same without the axis L.
     """
 
     phy2log: Int32[Array, "*L R"]

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from eplb_jax import Topology, moves, plan
-from eplb_jax.transition.moves import OTHER_NODE, SAME_GPU, SAME_NODE, STAYS
+from eplb_jax.transition.moves import OTHER_NODE, SAME_GPU, SAME_NODE, STAYS, STORAGE
 from tests.helpers import assert_same, lognormal
 
 TOPOLOGY = Topology(8, slots=6, num_nodes=2)
@@ -52,8 +52,8 @@ def test_moves_lead_from_one_layout_to_the_other():
             sent[layer], np.bincount(source[layer, between] // 6, minlength=8)
         )
         np.testing.assert_array_equal(received[layer], np.bincount(slot[between] // 6, minlength=8))
-        np.testing.assert_array_equal(copies[layer], np.bincount(reach[layer], minlength=4))
-    assert copies[:, 1:].min(axis=1).max() > 0  # all kinds occur
+        np.testing.assert_array_equal(copies[layer], np.bincount(reach[layer], minlength=5))
+    assert copies[:, 1:4].min(axis=1).max() > 0  # all kinds occur
     traffic = result.traffic(10**9)
     np.testing.assert_array_equal(traffic.received, np.int64(10**9) * received)
 
@@ -68,11 +68,19 @@ def test_gpus_that_have_an_expert_take_turns():
     assert moves(old, new, Topology(6, slots=2)).sent.tolist() == [1, 1, 1, 0, 0, 0]
 
 
-def test_in_a_trace_an_expert_that_the_old_plan_lacks_comes_from_nowhere():
-    with_nodes = Topology(4, slots=1, num_nodes=2)
-    result = jax.jit(lambda a, b: moves(a, b, with_nodes))(np.arange(4), np.array([7, 1, 2, 7]))
+def test_what_no_live_gpu_has_comes_from_storage():
+    topology = Topology(4, slots=1, num_nodes=2)
+    result = moves(np.arange(4), np.array([7, 1, 2, 7]), topology)
     assert result.source.tolist() == [-1, 1, 2, -1]
-    assert result.reach.tolist() == [OTHER_NODE, STAYS, STAYS, OTHER_NODE]
+    assert result.reach.tolist() == [STORAGE, STAYS, STAYS, STORAGE]
+    # GPU 0 has died: expert 0 is taken from GPU 3 in its stead, and its slot holds none.
+    old, new = np.array([0, 1, 2, 0]), np.array([-1, 1, 0, 0])
+    alive = moves(old, new, topology, active=[0, 1, 1, 1])
+    assert alive.source.tolist() == [0, 1, 3, 3]
+    assert alive.copies.tolist() == [3, 0, 1, 0, 0]
+    assert moves(old, new, topology).source.tolist() == [0, 1, 3, 3]
+    lost = moves(old, np.array([-1, 1, 2, 0]), topology, active=[0, 1, 1, 0])
+    assert lost.source.tolist() == [0, 1, 2, -1]
     assert result.sent.tolist() == [0, 0, 0, 0]
     assert result.received.tolist() == [1, 0, 0, 1]
 
@@ -86,9 +94,9 @@ def test_in_a_trace_an_expert_that_the_old_plan_lacks_comes_from_nowhere():
             r"new must have the shape \(2, 12\), got \(1, 12\)",
         ),
         (
-            lambda: moves(OLD, OLD + 1, Topology(4, slots=3)),
+            lambda: moves(OLD, OLD, Topology(4, slots=3), active=[True]),
             ValueError,
-            "new has expert 8 in layer 0, but old does not",
+            r"active must have the shape \(4,\), got \(1,\)",
         ),
         (
             lambda: moves(OLD, OLD, Topology(8, slots=3)),

@@ -268,12 +268,13 @@ def test_a_penalty_of_any_kind_of_number_limits_moves(penalty):
 
 def test_a_plan_in_place_must_be_one():
     load, topology = np.ones((1, 2)), Topology(2, slots=2)
-    message = "previous has no slot for expert 1 in layer 0"
-    for options in ({}, {"max_moves": 1}):
-        with pytest.raises(ValueError, match=message):
-            plan(load, topology, previous=[[0, 0, 0, 0]], **options)
     good = plan(load, topology)
     with pytest.raises(ValueError, match="previous is an invalid plan: log2phy"):
         plan(load, topology, previous=good._replace(log2phy=0 * good.log2phy))
-    with pytest.raises(ValueError, match=r"previous must have the shape .* = \(1, 4\)"):
-        plan(load, topology, previous=[[0, 1]])
+    with pytest.raises(ValueError, match=r"previous has 3 slots, .*; nearest: 2, 4"):
+        plan(load, topology, previous=[[0, 1, 1]])
+    with pytest.raises(ValueError, match=r"previous must have 1 layers, got the shape \(2, 2\)"):
+        plan(load, topology, previous=[[0, 1]] * 2)
+    for options in ({}, {"max_moves": 0}):  # an expert without a slot gets one in any case
+        found = plan(load, topology, previous=[[0, 0, 0, 0]], **options)
+        assert 1 in found.phy2log[0].tolist()

@@ -7,10 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Float, Int32, Num
+from jaxtyping import Array, Bool, Float, Int32, Num
+from numpy.typing import ArrayLike
 
-from eplb_jax.checks import LoadLike, as_load
+from eplb_jax.checks import LoadLike, as_experts, as_load
 from eplb_jax.planning.bounds import plan_bound
+from eplb_jax.planning.gpus import as_speed
 from eplb_jax.planning.placement import as_placement
 from eplb_jax.sharding import spec_of, under_auto
 from eplb_jax.types import Placement, Topology, check_topology
@@ -43,8 +45,11 @@ def balance(
     topology: Topology,
     *,
     split: Float[Array, "*TL R"] | None = None,
+    speed: ArrayLike | Array | None = None,
 ) -> Balance:
     """The balance of a plan under a load, which need not be the one it was made for.
+
+    GPUs without any expert, dead ones or those without slots, are not counted.
 
     Args:
         load: Loads in any unit: [L, E], [T, L, E] of T windows, or [E] of one layer.
@@ -52,6 +57,7 @@ def balance(
         topology: GPUs and slots; as many slots as the plan has.
         split: The share of every slot in the load of its expert, as of `runtime.split_load`:
             [L, R], [T, L, R] or [R]. None: the replicas of an expert share its load equally.
+        speed: Of every GPU, [G], in any unit: the balance is that of load / speed. None: equal.
 
     Returns:
         GPU loads, imbalance and balancedness, with the leading axes of the load, and their means.
@@ -65,7 +71,12 @@ def balance(
         >>> balance([[100, 200]], [[0, 1]], Topology(2, slots=1)).balancedness.tolist()
         [0.75]
     """
-    return balance_of(gpu_loads(load, placement, topology, split=split))
+    loads = gpu_loads(load, placement, topology, split=split)
+    held = as_experts(placement, "placement") >= 0
+    check_topology(topology, held.shape[-1])
+    live = jnp.zeros((*held.shape[:-1], topology.num_gpus), bool)
+    live = live.at[..., jnp.asarray(topology.gpu_of_slot)].max(held)
+    return balance_of(loads, live, as_speed(speed, topology))
 
 
 def gpu_loads(
@@ -93,19 +104,19 @@ def gpu_loads(
         shapes = plan.phy2log.shape, array.shape[:-1] + plan.phy2log.shape[-1:]
         if split.shape not in shapes:
             raise ValueError(f"split has the shape {split.shape}, but the plan is for {shapes[0]}")
-    loads = partial(_gpu_loads, num_gpus=topology.num_gpus)
+    loads = partial(_gpu_loads, topology=topology)
     leading = PartitionSpec(*spec_of(array)[:-1])
     return under_auto(loads, leading, array, plan.phy2log, plan.logcnt, split)
 
 
-@partial(jax.jit, static_argnames="num_gpus")
+@partial(jax.jit, static_argnames="topology")
 def _gpu_loads(
     load: Float[Array, "*TL E"],
     phy2log: Int32[Array, "*L R"],
     logcnt: Int32[Array, "*L E"],
     split: Float[Array, "... R"] | None,
     *,
-    num_gpus: int,
+    topology: Topology,
 ) -> Float[Array, "*TL G"]:
     leading = load.shape[:-1]
     count = jnp.broadcast_to(logcnt, load.shape).astype(jnp.float32)
@@ -113,7 +124,11 @@ def _gpu_loads(
     expert = jnp.broadcast_to(phy2log, (*leading, phy2log.shape[-1]))
     per_slot = jnp.take_along_axis(per_replica, expert, axis=-1)
     per_slot = per_slot if split is None else per_slot * jnp.broadcast_to(split, per_slot.shape)
-    return jnp.sum(per_slot.reshape(*leading, num_gpus, -1), axis=-1)
+    per_slot = jnp.where(expert < 0, 0, per_slot)
+    if isinstance(topology.slots, int):
+        return jnp.sum(per_slot.reshape(*leading, topology.num_gpus, -1), axis=-1)
+    gpu = jnp.asarray(topology.gpu_of_slot)
+    return jnp.zeros((*leading, topology.num_gpus), jnp.float32).at[..., gpu].add(per_slot)
 
 
 def gpu_loads_in_order(load: Num[np.ndarray, "... E"], num_gpus: int) -> Num[np.ndarray, "... G"]:
@@ -127,7 +142,13 @@ def gpu_loads_in_order(load: Num[np.ndarray, "... E"], num_gpus: int) -> Num[np.
     return np.stack([load[..., gpu == g].sum(axis=-1) for g in range(num_gpus)], axis=-1)
 
 
-def gap(load: LoadLike, placement: Placement | LoadLike, topology: Topology) -> Float[Array, "*TL"]:
+def gap(
+    load: LoadLike,
+    placement: Placement | LoadLike,
+    topology: Topology,
+    *,
+    speed: ArrayLike | Array | None = None,
+) -> Float[Array, "*TL"]:
     """An upper bound on the optimality gap: max GPU load / `plan_bound` - 1.
 
     No plan of as many slots has a max GPU load that is lower by more. Zero for a layer without
@@ -137,20 +158,34 @@ def gap(load: LoadLike, placement: Placement | LoadLike, topology: Topology) -> 
         >>> gap([[100, 200]], [[0, 1]], Topology(2, slots=1)).tolist()
         [0.0]
     """
-    most = jnp.max(gpu_loads(load, placement, topology), axis=-1)
-    bound = plan_bound(load, topology)
+    loads = gpu_loads(load, placement, topology)
+    paces = as_speed(speed, topology)
+    most = jnp.max(
+        loads if paces is None else loads / jnp.broadcast_to(paces, loads.shape), axis=-1
+    )
+    bound = plan_bound(load, topology, speed=speed)
     return jnp.where(bound > 0, most / jnp.where(bound > 0, bound, 1), 1) - 1
 
 
-def balance_of(gpu_load: Float[Array, "*TL G"]) -> Balance:
-    """The balance of known GPU loads.
+def balance_of(
+    gpu_load: Float[Array, "*TL G"],
+    live: Bool[Array, "*L G"] | None = None,
+    speed: Float[Array, " G"] | None = None,
+) -> Balance:
+    """The balance of known GPU loads, over the GPUs that are live.
 
     Example:
         >>> float(balance_of(jnp.array([[100.0, 200.0], [0.0, 0.0]])).mean_balancedness)
         0.75
     """
-    mean = jnp.mean(gpu_load, axis=-1)
-    most = jnp.maximum(jnp.max(gpu_load, axis=-1), mean)  # a rounded mean may be above the max
+    live = jnp.ones(gpu_load.shape[-1], bool) if live is None else live
+    each = jnp.ones(gpu_load.shape[-1], jnp.float32) if speed is None else speed
+    live = jnp.broadcast_to(live, gpu_load.shape)
+    capacity = jnp.sum(jnp.where(live, jnp.broadcast_to(each, live.shape), 0), axis=-1)
+    mean = jnp.sum(gpu_load, axis=-1) / jnp.maximum(capacity, jnp.finfo(jnp.float32).tiny)
+    most = jnp.maximum(
+        jnp.max(gpu_load / jnp.broadcast_to(each, gpu_load.shape), axis=-1), mean
+    )  # a rounded mean may be above the max
     busy = most > 0
     imbalance = jnp.where(busy, most / jnp.where(busy, mean, 1), 1) - 1
     balancedness = jnp.where(busy, mean / jnp.where(busy, most, 1), 1)

@@ -5,12 +5,15 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
+from numpy.typing import ArrayLike
 
 from eplb_jax.checks import LoadLike, as_load
 from eplb_jax.packing.bounds import bound_of_layer
+from eplb_jax.planning.gpus import as_speed
 from eplb_jax.planning.replication import replicate
 from eplb_jax.sharding import spec_of, under_auto
 from eplb_jax.types import Topology, check_experts, check_topology
@@ -29,8 +32,13 @@ class _Between(NamedTuple):
     above: Float[Array, ""]
 
 
-def plan_bound(load: LoadLike, topology: Topology) -> Float[Array, "*L"]:
+def plan_bound(
+    load: LoadLike, topology: Topology, *, speed: ArrayLike | Array | None = None
+) -> Float[Array, "*L"]:
     """A lower bound on the maximum GPU load of any plan, whatever its replica counts.
+
+    With GPUs that differ it is of load / speed: what all GPUs take if it is the same for each, or
+    the largest replica of the best counts on the fastest GPU, whichever is more.
 
     With spare slots it is the least T that passes this test. In a plan of maximum load T, no
     replica is above T - f, where f is the least load of the other c - 1 slots of its GPU. So an
@@ -42,9 +50,10 @@ def plan_bound(load: LoadLike, topology: Topology) -> Float[Array, "*L"]:
     Args:
         load: [E], [L, E] or [T, L, E] loads in any unit.
         topology: GPUs and slots, at least E in total; nodes and groups are ignored.
+        speed: Of every GPU, [G]; None: equal.
 
     Returns:
-        The bound of every layer (and window), in the unit of the load.
+        The bound of every layer (and window), in the unit of the load, or of load / speed.
 
     Raises:
         TypeError: An argument is of the wrong kind.
@@ -59,6 +68,11 @@ def plan_bound(load: LoadLike, topology: Topology) -> Float[Array, "*L"]:
     check_topology(topology)
     check_experts(topology, array.shape[-1])
     bound = partial(_plan_bound, num_replicas=topology.num_replicas, num_gpus=topology.num_gpus)
+    if speed is not None or not isinstance(topology.slots, int):
+        takes = jnp.asarray(np.array(topology.slots_of_gpu) > 0)
+        speeds = as_speed(speed, topology)
+        speeds = jnp.where(takes, 1.0 if speeds is None else speeds, 0)
+        bound = partial(_bound_of_gpus, speed=speeds, num_replicas=topology.num_replicas)
     return under_auto(bound, PartitionSpec(*spec_of(array)[:-1]), array)
 
 
@@ -71,6 +85,16 @@ def _plan_bound(
     else:
         bound = partial(_plan_bound_of_layer, num_replicas=num_replicas, num_gpus=num_gpus)
     return jnp.vectorize(bound, signature="(e)->()")(load)
+
+
+def _bound_of_gpus(
+    load: Float[Array, "*L E"], *, speed: Float[Array, " G"], num_replicas: int
+) -> Float[Array, "*L"]:
+    def of_layer(load: Float[Array, " E"]) -> Float[Array, ""]:
+        counts = replicate(load[None], num_replicas, len(speed)).logcnt[0].astype(load.dtype)
+        return jnp.maximum(jnp.sum(load) / jnp.sum(speed), jnp.max(load / counts) / jnp.max(speed))
+
+    return jnp.vectorize(of_layer, signature="(e)->()")(load)
 
 
 def _plan_bound_of_layer(

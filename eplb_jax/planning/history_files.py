@@ -27,8 +27,13 @@ def save_history(path: str | Path, history: History) -> None:
     Raises:
         OSError: The file cannot be written.
     """
+    save_tree(path, history)
+
+
+def save_tree(path: str | Path, tree: Any) -> None:
+    """Write a pytree of named tuples to one .npz file, completely or not at all."""
     arrays: dict[str, Any] = {"version": np.int32(_FORMAT)}
-    arrays |= {"/".join(_names(key)): np.asarray(x) for key, x in tree_leaves_with_path(history)}
+    arrays |= {"/".join(_names(key)): np.asarray(x) for key, x in tree_leaves_with_path(tree)}
     path = Path(path)
     part = path.absolute().with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -53,21 +58,31 @@ def load_history(path: str | Path) -> History:
         >>> load_history("history.npz").recent.shape  # doctest: +SKIP
         (8, 58, 256)
     """
-    empty = empty_history(1, 0, 0, 1)
+    return load_tree(path, empty_history(1, 0, 0, 1), "history", "save_history")
+
+
+def load_tree(path: str | Path, like: Any, kind: str, writer: str) -> Any:
+    """A pytree that `save_tree` wrote, of the structure of another.
+
+    Args:
+        path: The file.
+        like: A pytree of the same structure.
+        kind: What the file should hold, for errors.
+        writer: The function that writes it, for errors.
+    """
     try:
         with np.load(path) as file:
             stored = dict(file)
     except (ValueError, zipfile.BadZipFile, EOFError) as error:
-        raise ValueError(f"{path} is no history: {error}") from error
+        raise ValueError(f"{path} is no {kind}: {error}") from error
     if stored.pop("version", None) != _FORMAT:
-        raise ValueError(f"{path} is no history of format {_FORMAT}; save_history writes it")
-    names = ["/".join(_names(key)) for key, _ in tree_leaves_with_path(empty)]
+        raise ValueError(f"{path} is no {kind} of format {_FORMAT}; {writer} writes it")
+    names = ["/".join(_names(key)) for key, _ in tree_leaves_with_path(like)]
     missing = sorted(set(names) - set(stored))
     if missing:
-        raise ValueError(f"{path} is no whole history: {missing[0]} is missing")
-    return jax.tree.unflatten(
-        jax.tree.structure(empty), [jnp.asarray(stored[name]) for name in names]
-    )
+        raise ValueError(f"{path} is no whole {kind}: {missing[0]} is missing")
+    leaves = [jnp.asarray(stored[name]) for name in names]
+    return jax.tree.unflatten(jax.tree.structure(like), leaves)
 
 
 def _names(path: Sequence[Any]) -> list[str]:

@@ -22,15 +22,19 @@ def place(replicas: Replication) -> Placement:
     empty = jnp.full((num_experts, num_slots - num_experts + 1), -1, jnp.int32)
     slot = jnp.arange(num_slots, dtype=jnp.int32)
     with jax.named_scope("maps"):
-        invert = jnp.vectorize(
-            lambda expert, rank: empty.at[expert, rank].set(slot), signature="(r),(r)->(e,x)"
-        )
+
+        def invert_layer(expert: Array, rank: Array) -> Array:
+            expert = jnp.where(expert < 0, num_experts, expert)  # in no slot
+            return empty.at[expert, rank].set(slot, mode="drop")
+
+        invert = jnp.vectorize(invert_layer, signature="(r),(r)->(e,x)")
         return Placement(replicas.phy2log, invert(*replicas[:2]), replicas.logcnt)
 
 
 def count_replicas(phy2log: Int32[Array, "*L R"], num_experts: int) -> Int32[Array, "*L E"]:
-    """How many replicas every expert has; numbers past the last expert are not counted."""
+    """How many replicas every expert has; -1 and numbers past the last expert are not counted."""
     empty = jnp.zeros(num_experts, jnp.int32)
+    phy2log = jnp.where(phy2log < 0, num_experts, phy2log)
     count = jnp.vectorize(lambda x: empty.at[x].add(1, mode="drop"), signature="(r)->(e)")
     return count(phy2log)
 
@@ -126,11 +130,12 @@ def check_placement(placement: Placement) -> None:
         for layer in np.flatnonzero(~valid)[:1]:
             raise ValueError(message.format(layer=layer))
 
-    known = (phy2log >= 0) & (phy2log < num_experts)
+    known = (phy2log >= -1) & (phy2log < num_experts)
     message = f"names an expert outside 0..{num_experts - 1}"
     require(known.all(axis=1), f"phy2log of layer {{layer}} {message}")
     layer = np.arange(len(phy2log))[:, None]
-    count = np.bincount((layer * num_experts + phy2log).ravel(), minlength=logcnt.size)
+    held = phy2log >= 0
+    count = np.bincount((layer * num_experts + phy2log)[held], minlength=logcnt.size)
     count = count.reshape(logcnt.shape)
     equal = (count == logcnt).all(axis=1)
     require(equal, "logcnt of layer {layer} does not count the replicas in phy2log")
@@ -140,10 +145,12 @@ def check_placement(placement: Placement) -> None:
     equal = (listed == (np.arange(log2phy.shape[2]) < count[:, :, None])).all(axis=(1, 2))
     require(equal, "log2phy of layer {layer} lists another number of slots than logcnt")
     # Every expert lists as many slots as it has: each slot must come once, and be of its expert.
-    slot = log2phy[listed].reshape(phy2log.shape)
-    expert = np.repeat(np.arange(count.size), count.ravel()).reshape(phy2log.shape) % num_experts
-    inverse = np.sort(slot, axis=1) == np.arange(num_slots)
-    inverse &= phy2log[layer, np.minimum(slot, num_slots - 1)] == expert
+    i, expert, _ = np.nonzero(listed)
+    slot = log2phy[listed]
+    known = slot < num_slots
+    listing = np.full((len(phy2log), num_slots), -1)
+    listing[i[known], slot[known]] = expert[known]
+    inverse = listing == phy2log
     require(inverse.all(axis=1), "log2phy of layer {layer} is not the inverse of phy2log")
 
 
@@ -154,13 +161,13 @@ def is_valid(plan: Placement) -> Bool[Array, "*L"]:
 
     def of_layer(phy2log: Array, log2phy: Array, logcnt: Array) -> Array:
         expert = jnp.arange(logcnt.shape[0], dtype=jnp.int32)
-        known = (phy2log >= 0) & (phy2log < expert.size)
+        known = (phy2log >= -1) & (phy2log < expert.size)
         count = count_replicas(jnp.where(known, phy2log, expert.size), expert.size)
         listed = jnp.arange(most, dtype=jnp.int32)[None] < logcnt[:, None]
         right = (log2phy >= 0) == listed
         right &= ~listed | (phy2log[log2phy] == expert[:, None])
         times = count_replicas(jnp.where(listed, log2phy, num_slots).reshape(-1), num_slots)
         fits = jnp.all(known) & jnp.all(count > 0) & jnp.all(count == logcnt)
-        return fits & jnp.all(right) & jnp.all(times == 1)
+        return fits & jnp.all(right) & jnp.all(times == (phy2log >= 0).astype(jnp.int32))
 
     return of_layer(*plan) if plan.logcnt.ndim == 1 else jax.vmap(of_layer)(*plan)

@@ -1,12 +1,13 @@
 """The whole plan: groups to nodes, replicas within nodes, replicas to GPUs."""
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int32, Key
+from jaxtyping import Array, Key
+from numpy.typing import ArrayLike
 
 from eplb_jax.checks import (
     LoadLike,
@@ -15,26 +16,20 @@ from eplb_jax.checks import (
     as_limit,
     as_penalty,
     check_multiple,
+    is_concrete,
 )
 from eplb_jax.planning.forecast import (
     as_load_or_history,
     as_weights,
-    forecast_of,
     layers_and_experts,
 )
+from eplb_jax.planning.gpus import Gpus, align, as_active, as_speed
 from eplb_jax.planning.history import History
+from eplb_jax.planning.next_plan import Limits, elastic_plan, next_plan
 from eplb_jax.planning.per_node import fresh_plan
-from eplb_jax.planning.placement import (
-    as_placement,
-    count_replicas,
-    place,
-    ranks_in,
-    ranks_listed,
-)
+from eplb_jax.planning.placement import as_placement, place
 from eplb_jax.planning.policy import Policy, is_hierarchical, resolve_policy
 from eplb_jax.planning.strategies import Strategy, resolve_strategy
-from eplb_jax.sharding import by_layers
-from eplb_jax.transition.local_search import improve_plan, plan_cost
 from eplb_jax.transition.relabel import relabel
 from eplb_jax.types import Placement, Replication, Topology, check_topology
 
@@ -48,6 +43,10 @@ def plan(
     strategy: str | Strategy = "auto",
     key: Key[Array, ""] | None = None,
     previous: Placement | LoadLike | None = None,
+    previous_gpus: Sequence[int] | None = None,
+    active: ArrayLike | Array | None = None,
+    speed: ArrayLike | Array | None = None,
+    tolerance: float | None = 0.1,
     max_moves: int | None = None,
     move_penalty: float | None = None,
     check: bool = True,
@@ -84,16 +83,20 @@ def plan(
             num_groups.
         strategy: How hard to search: a name from `eplb_jax.STRATEGIES` or a `Strategy`.
         key: For strategies that draw at random. None: a fixed key.
-        previous: The plan in place, or its phy2log. Nodes, GPUs of a node and slots of a GPU are
-            numbered so that as many slots as possible keep their expert; under the global
-            policy, among equals, so that experts that move stay on their node. GPU loads are
-            the same as without it.
-        max_moves: Per layer, the maximum number of slots that receive an expert from another GPU.
-            The plan is then made from `previous` by a local search (see
-            `eplb_jax.transition.local_search`); 0 keeps it as it is.
-        move_penalty: Imbalance (max / mean GPU load - 1) that a move must gain: the same local
-            search, for the least imbalance + move_penalty * moves. With max_moves=None the number
-            of moves is unlimited.
+        previous: The plan in place, or its phy2log: the next plan starts from it. A layer without
+            load keeps it. It may have -1 in slots without an expert, and another number of GPUs.
+        previous_gpus: For every GPU the number that it had in `previous`, -1 for a new one. None:
+            the same numbers; GPUs past the end of `previous` are new.
+        active: Whether every GPU is alive, [G]. The others hold -1. Live GPUs hold all experts.
+        speed: Tokens per second of every GPU, [G], in any unit: load / speed is balanced.
+        tolerance: How much worse than a new plan the next one may be so that fewer experts move:
+            this fraction of 1 % + the imbalance that a new plan has on the same loads. A layer
+            within it keeps its plan, any other gets a near plan within it, or else the new plan.
+            None: the new plan in any case, with its nodes, GPUs and slots numbered so that as many
+            slots as possible keep their expert.
+        max_moves: Per layer, the maximum number of slots that receive an expert from another GPU;
+            0 keeps the plan in place. None: no limit. Experts that have no slot come on top.
+        move_penalty: Imbalance (max / mean GPU load - 1) that a move must gain.
         check: Whether to reject loads that are NaN, infinite or negative. Checking a JAX array
             waits for its device; without it such loads count as inside `jax.jit`.
 
@@ -105,9 +108,9 @@ def plan(
     Raises:
         TypeError: An argument is of the wrong kind.
         ValueError: Load, topology and policy do not fit, a name is not known, a load is NaN,
-            infinite or negative, `previous` has another shape or lacks an expert, `max_moves` or
-            `move_penalty` is negative or given without `previous`, or `weights` are not one
-            positive sum for the windows of an array.
+            infinite or negative, `previous` does not fit, a limit is negative or given without
+            `previous`, live GPUs have too few slots, or `weights` are not one positive sum for the
+            windows of an array.
 
     Example:
         >>> result = plan([[90, 30, 20, 10]], Topology(3, slots=2))
@@ -118,8 +121,9 @@ def plan(
         DeepSeek-AI, EPLB (github.com/deepseek-ai/EPLB): `rebalance_experts`.
     """
     options = {"weights": weights, "policy": policy, "strategy": strategy, "key": key}
-    options["check"] = check
-    options |= {"previous": previous, "max_moves": max_moves, "move_penalty": move_penalty}
+    options |= {"previous": previous, "previous_gpus": previous_gpus, "check": check}
+    options |= {"active": active, "speed": speed, "tolerance": tolerance}
+    options |= {"max_moves": max_moves, "move_penalty": move_penalty}
     return place(plan_replicas(load, topology, **options))
 
 
@@ -213,6 +217,10 @@ def _plan_replicas(
     strategy: str | Strategy = "auto",
     key: Key[Array, ""] | None = None,
     previous: Placement | LoadLike | None = None,
+    previous_gpus: Sequence[int] | None = None,
+    active: ArrayLike | Array | None = None,
+    speed: ArrayLike | Array | None = None,
+    tolerance: float | None = 0.1,
     max_moves: int | None = None,
     move_penalty: float | None = None,
 ) -> Replication:
@@ -220,13 +228,34 @@ def _plan_replicas(
     num_layers, num_experts = layers_and_experts(load)
     check_topology(topology)
     hierarchical = is_hierarchical(topology, policy, num_experts)
-    search = topology if hierarchical else Topology(topology.num_gpus, topology.slots)
-    seen = load, as_weights(weights, load), as_key(key)
-    fresh = partial(fresh_plan, *seen, topology=search, strategy=resolve_strategy(strategy))
+    seen, chosen = (load, as_weights(weights, load)), resolve_strategy(strategy)
+    gpus = Gpus(as_active(active, topology, num_experts), as_speed(speed, topology))
+    options = {"topology": topology, "hierarchical": hierarchical, "strategy": chosen}
     if previous is None:
-        for limit, value in (("max_moves", max_moves), ("move_penalty", move_penalty)):
+        given = {"max_moves": max_moves, "move_penalty": move_penalty}
+        for limit, value in (given | {"previous_gpus": previous_gpus}).items():
             if value is not None:
                 raise ValueError(f"{limit} needs previous, the plan in place, got None")
+    elif tolerance is None and (max_moves is not None or move_penalty is not None):
+        raise ValueError("tolerance=None, a new plan, takes no limits; nearest: tolerance=0")
+    most = topology.num_replicas if max_moves is None else max_moves
+    limits = Limits(
+        as_penalty("tolerance", 0.0 if tolerance is None else tolerance),
+        as_limit("max_moves", most),
+        as_penalty("move_penalty", 0.0 if move_penalty is None else move_penalty),
+    )
+    elastic = not topology.is_uniform or any(x is not None for x in gpus)
+    if previous is not None and not elastic:
+        moved = previous_gpus is not None
+        elastic = not _holds_all(previous, topology.num_replicas, num_experts, moved)
+    if elastic:
+        old = None
+        if previous is not None:
+            old = align(previous, topology, num_layers, num_experts, previous_gpus)
+        return elastic_plan(*seen, old, gpus, limits, **options)
+    search = topology if hierarchical else topology.one_node
+    fresh = partial(fresh_plan, *seen, as_key(key), topology=search, strategy=chosen)
+    if previous is None:
         return fresh()
     old = as_placement(previous, "previous", num_experts)
     wanted = num_layers, topology.num_replicas
@@ -235,45 +264,24 @@ def _plan_replicas(
             f"previous must have the shape [layers, slots] = {wanted} and {num_experts} experts, "
             f"got {old.phy2log.shape} and {old.logcnt.shape[-1]} beside {name}"
         )
-    nodes = {"topology": topology, "hierarchical": hierarchical}
-    if max_moves is None and move_penalty is None:
+    if tolerance is None:
+        nodes = {"topology": topology, "hierarchical": hierarchical}
         return relabel(fresh(), old.phy2log, **nodes)
-    most = as_limit("max_moves", topology.num_replicas if max_moves is None else max_moves)
-    penalty = as_penalty("move_penalty", 0.0 if move_penalty is None else move_penalty)
-    return _limited(*seen, old, most, penalty, strategy=resolve_strategy(strategy), **nodes)
+    return next_plan(*seen, as_key(key), old, limits, **options)
 
 
-@by_layers
-@partial(jax.jit, static_argnames=("topology", "hierarchical", "strategy"))
-def _limited(
-    load: Float[Array, "*T L E"] | History,
-    weights: Float[Array, " T"] | None,
-    key: Key[Array, ""] | None,
-    old: Placement,
-    max_moves: Int32[Array, ""],
-    penalty: Float[Array, ""],
-    *,
-    topology: Topology,
-    hierarchical: bool,
-    strategy: Strategy,
-) -> Replication:
-    """The plan in place, improved within limits.
-
-    With one window, a new plan, relabelled, replaces it where that is better within the same
-    limits. With several windows, such a plan would fit them better and the next window worse: the
-    old plan was made from windows before them.
-    """
-    forecast = forecast_of(load, weights, summed=not strategy.distinct)
-    nodes = {"topology": topology, "hierarchical": hierarchical}
-    windows = forecast.load[:, None] if forecast.windows is None else forecast.windows
-    expert, cost = improve_plan(windows, old.phy2log, max_moves, penalty, **nodes)
-    if forecast.windows is None:
-        search = topology if hierarchical else Topology(topology.num_gpus, topology.slots)
-        new = fresh_plan(load, weights, key, topology=search, strategy=strategy)
-        fresh = relabel(new, old.phy2log, **nodes).phy2log
-        moves, fresh_cost = plan_cost(windows, fresh, old.phy2log, penalty, topology=topology)
-        better = (moves <= max_moves) & (fresh_cost < cost)
-        expert = jnp.where(better[:, None], fresh, expert)
-    same = jnp.all(expert == old.phy2log, axis=1, keepdims=True)
-    rank = jnp.where(same, ranks_listed(old), ranks_in(expert))
-    return Replication(expert, rank, count_replicas(expert, forecast.load.shape[1]))
+def _holds_all(
+    previous: Placement | LoadLike, num_slots: int, num_experts: int, moved: bool
+) -> bool:
+    """Whether the plan in place is for these GPUs: a slot for every expert, none without one."""
+    slots = getattr(previous, "phy2log", previous)
+    if moved or np.ndim(slots) != 2 or np.shape(slots)[1] != num_slots:
+        return not moved and np.ndim(slots) != 2  # whose error comes later
+    if isinstance(slots, jax.Array) and not is_concrete(slots):
+        return True
+    experts = np.asarray(slots)
+    if experts.dtype.kind not in "iu" or np.any(experts >= num_experts):
+        return True
+    held = np.zeros((len(experts), num_experts + 1), bool)  # the last one counts -1
+    held[np.arange(len(experts))[:, None], experts] = True
+    return bool(held[:, :-1].all() and not held[:, -1].any())

@@ -46,7 +46,7 @@ def nearest_replica(placement: Placement | LoadLike, topology: Topology) -> Int3
 def _nearest(
     phy2log: Int32[Array, "*L R"], *, num_experts: int, topology: Topology
 ) -> Int32[Array, "*L E G"]:
-    num_gpus, size = topology.num_gpus, topology.slots
+    num_gpus, size = topology.num_gpus, topology.slots_per_gpu
     gpus = jnp.arange(num_gpus, dtype=jnp.int32)
     node = gpus // topology.gpus_per_node
     same_node = node[:, None] == node[None]

@@ -65,6 +65,7 @@ def split_load(
             f"load has the shape {array.shape}, but the plan is for {plan.logcnt.shape}"
         )
     check_topology(topology, plan.phy2log.shape[-1])
+    _ = topology.slots_per_gpu  # raises where GPUs differ
     split = partial(_split_load, num_gpus=topology.num_gpus, steps=steps)
     return under_auto(split, PartitionSpec(*spec_of(array)[:-1]), array, *plan[::2])
 

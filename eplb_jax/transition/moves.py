@@ -7,15 +7,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Int32, Int64
+from jaxtyping import Array, Bool, Int32, Int64
+from numpy.typing import ArrayLike
 
 from eplb_jax.arrays import first_equal
-from eplb_jax.checks import LoadLike, as_count, as_experts, is_concrete
+from eplb_jax.checks import LoadLike, as_count, as_experts
 from eplb_jax.sharding import by_layers
 from eplb_jax.types import Placement, Topology, check_topology
 
-STAYS, SAME_GPU, SAME_NODE, OTHER_NODE = range(4)
-"""Where a slot's expert comes from: the slot itself, its GPU, its node, or another node."""
+STAYS, SAME_GPU, SAME_NODE, OTHER_NODE, STORAGE = range(5)
+"""Where a slot's expert comes from: the slot itself, its GPU, its node, another node, or storage,
+where no live GPU has it."""
 
 _NEVER = 1 << 30
 
@@ -26,16 +28,17 @@ class Moves(NamedTuple):
     Weights in slot order follow by ``weights[source]``, layer by layer.
 
     Attributes:
-        source: The old slot that every new slot takes its expert from; itself where it stays.
-        reach: Where that is: `STAYS`, `SAME_GPU`, `SAME_NODE` or `OTHER_NODE`.
+        source: The old slot that every new slot takes its expert from; itself where it stays or
+            holds none; -1 where the expert has to be loaded from storage.
+        reach: Where that is: `STAYS`, `SAME_GPU`, `SAME_NODE`, `OTHER_NODE` or `STORAGE`.
         copies: Number of slots of each reach.
         sent: Number of experts that every GPU gives to other GPUs.
-        received: Number of experts that it takes from other GPUs.
+        received: Number of experts that it takes from other GPUs, or from storage.
     """
 
     source: Int32[Array, "*L R"]
     reach: Int32[Array, "*L R"]
-    copies: Int32[Array, "*L 4"]
+    copies: Int32[Array, "*L 5"]
     sent: Int32[Array, "*L G"]
     received: Int32[Array, "*L G"]
 
@@ -54,47 +57,54 @@ class Moves(NamedTuple):
 class Traffic(NamedTuple):
     """The totals of `Moves` in bytes."""
 
-    copies: Int64[np.ndarray, "*L 4"]
+    copies: Int64[np.ndarray, "*L 5"]
     sent: Int64[np.ndarray, "*L G"]
     received: Int64[np.ndarray, "*L G"]
 
 
-def moves(old: Placement | LoadLike, new: Placement | LoadLike, topology: Topology) -> Moves:
+def moves(
+    old: Placement | LoadLike,
+    new: Placement | LoadLike,
+    topology: Topology,
+    *,
+    active: ArrayLike | Array | None = None,
+) -> Moves:
     """List the moves that lead from one plan to another.
 
     A slot that keeps its expert stays. Others take it from their own GPU, else from their node,
-    else from another node; of several such GPUs, from the one with the fewest moves so far, the
-    lowest slot first. O(R^2) a layer.
+    else from another node, else from storage; of several such GPUs, from the one with the fewest
+    moves so far, the lowest slot first. O(R^2) a layer.
 
     Args:
-        old: The plan in place, or its phy2log, [L, R] or [R].
-        new: The next plan, or its phy2log, of the same shape.
+        old: The plan in place, or its phy2log, [L, R] or [R]; -1 in slots without an expert.
+        new: The next plan, or its phy2log, of the same shape; likewise.
         topology: GPUs, slots and nodes; as many slots as the plans have.
+        active: Whether every GPU is alive, [G]: no expert is taken from the others. None: all.
 
     Returns:
-        Source and reach of every slot, and totals of layers and GPUs. Inside `jax.jit` an expert
-        that `old` lacks has the source -1, from another node.
+        Source and reach of every slot, and totals of layers and GPUs.
 
     Raises:
         TypeError: An argument is of the wrong kind.
-        ValueError: The plans or the topology differ in shape, or `new` has an expert that `old`
-            lacks.
+        ValueError: The plans, the topology or `active` differ in shape.
 
     Example:
         >>> result = moves([[0, 1, 2, 3]], [[0, 2, 3, 2]], Topology(2, slots=2))
         >>> result.source.tolist(), result.copies.tolist()
-        ([[0, 2, 3, 2]], [[1, 2, 1, 0]])
+        ([[0, 2, 3, 2]], [[1, 2, 1, 0, 0]])
     """
     before = as_experts(old, "old")
     after = as_experts(new, "new", before.shape)
     check_topology(topology, before.shape[-1])
+    lives = (
+        jnp.ones(topology.num_gpus, bool) if active is None else jnp.asarray(active).astype(bool)
+    )
+    if lives.shape != (topology.num_gpus,):
+        raise ValueError(f"active must have the shape ({topology.num_gpus},), got {lives.shape}")
     if before.ndim == 1:
-        return Moves(*(x[0] for x in moves(before[None], after[None], topology)))
-    if is_concrete(before) and is_concrete(after):
-        for layer, (x, y) in enumerate(zip(np.asarray(before), np.asarray(after), strict=True)):
-            for expert in np.setdiff1d(y, x)[:1]:
-                raise ValueError(f"new has expert {expert} in layer {layer}, but old does not")
-    return _moves(before, after, topology=topology)
+        one = _moves(before[None], after[None], lives, topology=topology)
+        return Moves(*(x[0] for x in one))
+    return _moves(before, after, lives, topology=topology)
 
 
 class _Sources(NamedTuple):
@@ -106,8 +116,16 @@ class _Sources(NamedTuple):
 
 @by_layers
 @partial(jax.jit, static_argnames="topology")
-def _moves(old: Int32[Array, "L R"], new: Int32[Array, "L R"], *, topology: Topology) -> Moves:
-    return jax.vmap(partial(_moves_of_layer, topology=topology))(old, new)
+def _moves(
+    old: Int32[Array, "L R"],
+    new: Int32[Array, "L R"],
+    live: Bool[Array, " G"],
+    *,
+    topology: Topology,
+) -> Moves:
+    lives = live[jnp.asarray(topology.gpu_of_slot)]
+    of_layer = partial(_moves_of_layer, topology=topology)
+    return jax.vmap(of_layer)(jnp.where(lives, old, -1), new)
 
 
 def _moves_of_layer(
@@ -115,21 +133,23 @@ def _moves_of_layer(
 ) -> Moves:
     num_slots, num_gpus = topology.num_replicas, topology.num_gpus
     slot = jnp.arange(num_slots, dtype=jnp.int32)
-    gpu = slot // topology.slots
-    node = gpu // topology.gpus_per_node
+    gpu = jnp.asarray(topology.gpu_of_slot)
+    node = jnp.asarray(topology.node_of_gpu)[gpu]
 
     def reach_from(source: Array, target: Array) -> Array:
-        far = jnp.where((node[source] == node[target]) & (source >= 0), SAME_NODE, OTHER_NODE)
-        near = jnp.where((gpu[source] == gpu[target]) & (source >= 0), SAME_GPU, far)
-        return jnp.where(source == target, STAYS, near).astype(jnp.int32)
+        reach = jnp.where(node[source] == node[target], SAME_NODE, OTHER_NODE)
+        reach = jnp.where(gpu[source] == gpu[target], SAME_GPU, reach)
+        reach = jnp.where(source == target, STAYS, reach)
+        return jnp.where(source < 0, STORAGE, reach).astype(jnp.int32)
 
     def add(target: Array | int, sources: _Sources) -> _Sources:
         target = jnp.asarray(target, jnp.int32)
         reach = reach_from(slot, target)
         sent = jnp.where(reach >= SAME_NODE, sources.sent[gpu], 0)
-        cost = jnp.where(old == new[target], reach * num_slots + sent, _NEVER)
+        cost = jnp.where((old == new[target]) & (old >= 0), reach * num_slots + sent, _NEVER)
         least = jnp.min(cost)
         source = jnp.where(least < _NEVER, first_equal(cost, least), -1)
+        source = jnp.where(new[target] < 0, target, source)
         sends = ((reach[source] >= SAME_NODE) & (source >= 0)).astype(jnp.int32)
         return _Sources(
             sources.source.at[target].set(source), sources.sent.at[gpu[source]].add(sends)
@@ -139,5 +159,5 @@ def _moves_of_layer(
     source, sent = lax.fori_loop(0, num_slots, add, start)
     reach = reach_from(source, slot)
     received = jnp.zeros(num_gpus, jnp.int32).at[gpu].add((reach >= SAME_NODE).astype(jnp.int32))
-    copies = jnp.zeros(4, jnp.int32).at[reach].add(1)
+    copies = jnp.zeros(5, jnp.int32).at[reach].add(1)
     return Moves(source, reach, copies, sent, received)

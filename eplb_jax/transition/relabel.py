@@ -32,7 +32,7 @@ def relabel(
     num_gpus, num_slots = topology.num_gpus, topology.num_replicas
     num_nodes = topology.num_nodes if hierarchical else 1
     gpus_of_node = num_gpus // num_nodes
-    by_gpu = num_gpus, topology.slots
+    by_gpu = num_gpus, topology.slots_per_gpu
     prefer_node = num_nodes < topology.num_nodes and num_slots * (num_slots + 1) <= MAX_TOTAL
 
     def layer(

@@ -4,6 +4,7 @@
 plug-ins for those engines. `to_jax` and `to_torch` convert tensors and arrays.
 """
 
+from eplb_torch.balancer import Balancer as Balancer
 from eplb_torch.conversion import to_jax as to_jax
 from eplb_torch.conversion import to_torch as to_torch
 from eplb_torch.eplb import balanced_packing as balanced_packing

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 import eplb_jax
-from eplb_jax import Policy, Strategy
+from eplb_jax import History, Policy, Strategy
 from eplb_torch.backend import compute_device, untraced
 from eplb_torch.conversion import as_map, as_previous, as_weight
 
@@ -133,7 +133,7 @@ def rebalance_experts_hierarchical(
 
 @untraced
 def rebalance_experts(
-    weight: torch.Tensor,
+    weight: torch.Tensor | History,
     num_replicas: int,
     num_groups: int,
     num_nodes: int,
@@ -144,6 +144,10 @@ def rebalance_experts(
     seed: int = 0,
     device: Device = None,
     previous: Any = None,
+    previous_gpus: Sequence[int] | None = None,
+    active: Any = None,
+    speed: Any = None,
+    tolerance: float | None = 0.1,
     max_moves: int | None = None,
     move_penalty: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -155,7 +159,8 @@ def rebalance_experts(
 
     Args:
         weight: [L, E] loads in any unit (tokens) and of any real dtype, or [T, L, E] of T past
-            windows, oldest first: the plan is then made for the next window.
+            windows, oldest first: the plan is then made for the next window. Or an
+            `eplb_jax.History`.
         num_replicas: R, physical slots of a layer; a multiple of num_gpus, at least E.
         num_groups: Groups of consecutive experts; divides E.
         num_nodes: N; divides num_gpus and, for the hierarchical policy, num_groups.
@@ -165,8 +170,13 @@ def rebalance_experts(
             num_groups.
         seed: For strategies that draw at random: the same seed gives the same plan.
         device: Where to compute; None: the CPU.
-        previous: [L, R], the expert in every slot of the plan in place, which the new plan stays
-            close to: a tensor on any device, a NumPy array or a list, of integers.
+        previous: [L, R], the expert in every slot of the plan in place, which the new plan starts
+            from, -1 in empty slots: a tensor on any device, a NumPy array or a list, of integers.
+        previous_gpus: For every GPU the number that it had in `previous`, -1 for a new one.
+        active: [G], whether every GPU is alive; the slots of the others hold -1.
+        speed: [G], tokens per second of every GPU, in any unit.
+        tolerance: How much worse than a new plan the next one may be, as of `eplb_jax.plan`; None:
+            a new plan, renumbered.
         max_moves: Per layer, the maximum number of slots that receive an expert from another GPU.
         move_penalty: Imbalance that a move must gain.
 
@@ -184,9 +194,11 @@ def rebalance_experts(
         tensor([[0, 3, 0, 3, 1, 2]])
     """
     target = compute_device(device)
+    seen = isinstance(weight, History)
+    like = torch.empty(0, device="cpu") if seen else weight
     with jax.default_device(target):
         phy2log, log2phy, logcnt = eplb_jax.rebalance_experts(
-            as_weight(weight, target),
+            weight if seen else as_weight(weight, target),
             num_replicas,
             num_groups,
             num_nodes,
@@ -195,11 +207,15 @@ def rebalance_experts(
             strategy=strategy,
             key=jax.random.key(seed),  # an argument, so that all seeds share a program
             previous=as_previous(previous),
+            previous_gpus=previous_gpus,
+            active=as_previous(active),
+            speed=as_previous(speed),
+            tolerance=tolerance,
             max_moves=max_moves,
             move_penalty=move_penalty,
         )
     width = int(np.asarray(logcnt).max(initial=1))
-    return as_map(phy2log, weight), as_map(log2phy, weight, width), as_map(logcnt, weight)
+    return as_map(phy2log, like), as_map(log2phy, like, width), as_map(logcnt, like)
 
 
 def preload(
@@ -214,6 +230,8 @@ def preload(
     device: Device = None,
     max_moves: int | None = None,
     move_penalty: float | None = None,
+    elastic: bool = False,
+    remember: bool = False,
 ) -> None:
     """Compile `rebalance_experts` for loads of this shape, so no later call waits for a compiler.
 
@@ -233,6 +251,8 @@ def preload(
         device: Where to compute; None: the CPU.
         max_moves: Checked here as in a call. Other limits are covered too.
         move_penalty: Likewise.
+        elastic: Whether to compile for `active` and incomplete plans in place as well.
+        remember: Whether to compile for histories too, as the plug-ins for engines plan from.
 
     Raises:
         TypeError: As `rebalance_experts`.
@@ -241,15 +261,23 @@ def preload(
     Example:
         >>> preload((58, 256), 288, 8, 4, 32)  # doctest: +SKIP
     """
+    load: torch.Tensor | History = torch.zeros(tuple(shape), device="cpu")
+    if remember:
+        options: dict[str, Any] = {"strategy": strategy, "policy": policy, "device": device}
+        options |= {"max_moves": max_moves, "move_penalty": move_penalty, "elastic": elastic}
+        preload(shape, num_replicas, num_groups, num_nodes, num_gpus, **options)
+        load = eplb_jax.init_history(*tuple(shape)[-2:])
+        load = eplb_jax.update_history(load, np.ones(tuple(shape)[-2:], np.float32))
     call = functools.partial(
         rebalance_experts,
-        torch.zeros(tuple(shape), device="cpu"),
+        load,
         *(num_replicas, num_groups, num_nodes, num_gpus),
         strategy=strategy,
         policy=policy,
         device=device,
     )
     old, *_ = call()
-    call(previous=old)
-    most = 0 if max_moves is None else max_moves
-    call(previous=old, max_moves=most, move_penalty=move_penalty)
+    call(previous=old, max_moves=max_moves, move_penalty=move_penalty)
+    call(previous=old, tolerance=None)
+    if elastic:
+        call(previous=old, active=np.ones(num_gpus, bool))

@@ -1,16 +1,19 @@
 """SGLang: plans for its expert-parallel load balancer.
 
-Call `install()` in every process that plans, before SGLang makes its first plan.
+Call `install()` in every process that plans, before SGLang makes its first plan. Options are
+environment variables, too: see `eplb_torch.memory`.
 """
 
+import dataclasses
 from typing import Any
 
 import torch
 
 import eplb_torch.eplb
 from eplb_jax import Strategy, resolve_strategy
+from eplb_torch.memory import Memory, Options, options_of_environment
 
-_WINDOWS = 16
+_WINDOWS = 8
 """Windows that the steps of a call are added up to: a step is too short to say much."""
 
 
@@ -21,38 +24,50 @@ def rebalance_experts(
     num_groups: int | None,
     num_nodes: int,
     algorithm: Any,
+    active_ranks: torch.Tensor | None = None,
     *,
-    strategy: str | Strategy = "auto",
+    strategy: str | Strategy | None = None,
+    options: Options | None = None,
+    memory: Memory | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Plan from measured loads, with SGLang's arguments.
 
     Args:
         tokens_per_expert: [T, L, E], loads of T steps, oldest first, or [L, E]. Consecutive steps
-            are added up to at most 16 windows; strategies that do not use windows, such as
+            are added up to at most 8 windows; strategies that do not use windows, such as
             "greedy", plan for the sum of all, as SGLang does.
         num_physical_experts: R, physical slots of a layer.
         num_local_physical_experts: Slots of one GPU; divides R.
         num_groups: Groups of consecutive experts; None for a model without.
         num_nodes: N; divides the number of GPUs.
         algorithm: A member of SGLang's `EplbAlgorithm`, or its name, which says whether the plan
-            is hierarchical. `elasticity_aware`, which excludes failed GPUs, is not supported.
-        strategy: A name from `eplb_jax.STRATEGIES` or a `Strategy`.
+            is hierarchical.
+        active_ranks: Which GPUs are alive, 0 or 1, for `elasticity_aware`; numbers past the last
+            GPU are ignored. Nodes are kept where they can be.
+        strategy: A name from `eplb_jax.STRATEGIES` or a `Strategy`; None: that of the options.
+        options: How to plan; None: the defaults.
+        memory: What earlier calls have seen, and the plan that the last one returned, which is
+            taken to be in place; None: nothing.
 
     Returns:
         The expert in every slot, [L, R]; the slots of every expert, [L, E, X] padded with -1; the
-        number of replicas of every expert, [L, E]. Each int64, on the device of the load.
+        number of replicas of every expert, [L, E]. Each int64, on the device of the load. Slots of
+        GPUs that are not alive hold expert 0, as SGLang indexes with them, and are not listed.
 
     Raises:
         TypeError: An argument is of the wrong kind.
         ValueError: As `eplb_torch.rebalance_experts`, or the algorithm is not supported.
     """
-    name = getattr(algorithm, "name", algorithm)
-    if not isinstance(name, str) or not name.startswith("deepseek"):
-        known = "deepseek, deepseek_hierarchical, deepseek_vec, deepseek_vec_hierarchical"
+    name = str(getattr(algorithm, "name", algorithm))
+    elastic = name.startswith("elasticity_aware")
+    if not elastic and not name.startswith("deepseek"):
+        known = "deepseek, deepseek_vec, elasticity_aware, each also with _hierarchical"
         raise ValueError(f"algorithm={algorithm!r} is not supported; choose one of: {known}")
     hierarchical = name.endswith("_hierarchical")
     if hierarchical and num_groups is None:
         raise ValueError(f"algorithm={name} needs num_groups, got None; nearest: deepseek")
+    options = Options() if options is None else options
+    strategy = options.strategy if strategy is None else strategy
     slots, replicas = num_local_physical_experts, num_physical_experts
     if slots < 1 or replicas % slots:
         divisors = (d for d in range(1, replicas + 1) if replicas % d == 0)
@@ -69,34 +84,43 @@ def rebalance_experts(
         if 0 < windows < len(load):
             sums = [x.sum(dim=0, dtype=dtype) for x in load.tensor_split(windows)]
             load = torch.stack(sums) if windows > 1 else sums[0]
-    return eplb_torch.eplb.rebalance_experts(
-        load,
-        replicas,
-        num_groups or 1,
-        num_nodes,
-        replicas // slots,
-        policy="hierarchical" if hierarchical else "global",
-        strategy=strategy,
+    counts = replicas, num_groups or 1, num_nodes, replicas // slots
+    kept: dict[str, Any] = {}
+    seen, key = load, (*counts, hierarchical)
+    if memory is not None:
+        if options.remember and resolve_strategy(strategy).distinct:
+            seen = memory.observe(load, counts)
+        old = memory.last_plan((tuple(load.shape[-2:]), *key))
+        kept = {} if old is None else {"previous": old, **options.limits}
+    if elastic and active_ranks is not None:
+        kept["active"] = active_ranks[: replicas // slots].cpu() != 0
+    policy = "hierarchical" if hierarchical else "global"
+    maps = eplb_torch.eplb.rebalance_experts(
+        seen, *counts, policy=policy, strategy=strategy, **kept
     )
+    if memory is not None:
+        memory.keep_plan((tuple(load.shape[-2:]), *key), maps[0].cpu())
+    phy2log, log2phy, logcnt = (x.to(load.device) for x in maps)
+    return phy2log.clamp(min=0), log2phy, logcnt
 
 
-def install(strategy: str | Strategy = "auto") -> None:
+def install(strategy: str | Strategy | None = None, *, options: Options | None = None) -> None:
     """Replace `sglang.srt.eplb.eplb_algorithms.rebalance_experts` in this process.
 
-    The algorithms `elasticity_aware`, which exclude failed GPUs, still call SGLang's function.
-
     Args:
-        strategy: A name from `eplb_jax.STRATEGIES` or a `Strategy`.
+        strategy: A name from `eplb_jax.STRATEGIES` or a `Strategy`; None: that of the options.
+        options: How to plan; None: those of the environment.
 
     Raises:
         ImportError: SGLang is not installed.
-        ValueError: The strategy is not known.
+        ValueError: The strategy or an option of the environment is not known.
     """
     from sglang.srt.eplb import eplb_algorithms  # pyright: ignore[reportMissingImports]
 
-    chosen = resolve_strategy(strategy)
-    current = eplb_algorithms.rebalance_experts
-    original = getattr(current, "replaced", current)
+    chosen = options_of_environment() if options is None else options
+    if strategy is not None:
+        chosen = dataclasses.replace(chosen, strategy=resolve_strategy(strategy))
+    memory = Memory()
 
     def rebalance(
         tokens_per_expert: torch.Tensor,
@@ -107,9 +131,18 @@ def install(strategy: str | Strategy = "auto") -> None:
         algorithm: Any,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         counts = num_physical_experts, num_local_physical_experts, num_groups, num_nodes
+        active = None
         if str(getattr(algorithm, "name", algorithm)).startswith("elasticity_aware"):
-            return original(tokens_per_expert, *counts, algorithm)
-        return rebalance_experts(tokens_per_expert, *counts, algorithm, strategy=chosen)
+            active = _active_ranks()
+        arguments = tokens_per_expert, *counts, algorithm, active
+        return rebalance_experts(*arguments, options=chosen, memory=memory)
 
-    rebalance.replaced = original  # pyright: ignore[reportFunctionMemberAccess]
     eplb_algorithms.rebalance_experts = rebalance
+
+
+def _active_ranks() -> torch.Tensor | None:
+    """SGLang's mask of live GPUs; None where it has none."""
+    from sglang.srt.elastic_ep import elastic_ep  # pyright: ignore[reportMissingImports]
+
+    state = elastic_ep.ElasticEPStateManager.instance()
+    return None if state is None else state.active_ranks

@@ -1,36 +1,39 @@
 """vLLM: plans for its expert-parallel load balancer.
 
 With EPLB_TORCH_VLLM=1, or set to the name of a strategy, vLLM's workers load this module through
-the entry point `vllm.general_plugins`. In Python, call `install()`.
+the entry point `vllm.general_plugins`. In Python, call `install()`. Other options are environment
+variables: see `eplb_torch.memory`.
 """
 
+import dataclasses
+import logging
 import os
-from typing import ClassVar
+from typing import Any, ClassVar
 
-import numpy as np
 import torch
 
-from eplb_jax import Strategy, resolve_strategy
-from eplb_torch.conversion import as_previous
+from eplb_jax import Strategy
 from eplb_torch.eplb import rebalance_experts
+from eplb_torch.memory import Memory, Options, options_of_environment
 
 VARIABLE = "EPLB_TORCH_VLLM"
 """The environment variable that `register` reads: 1, or the name of a strategy."""
+
+_logger = logging.getLogger(__name__)
 
 
 class EplbPolicy:
     """An implementation of vLLM's `AbstractEplbPolicy`. Subclasses may set other values.
 
     Attributes:
-        strategy: A name from `eplb_jax.STRATEGIES` or a `Strategy`.
-        max_moves: Per layer, the maximum number of slots that receive an expert from another GPU;
-            None: no limit.
+        options: How to plan.
+        memory: What was seen in earlier calls; every class that `install` makes has its own.
         all_maps: Whether to return all three maps, as older vLLM releases expect, whose policies
             do not get the old map.
     """
 
-    strategy: ClassVar[str | Strategy] = "auto"
-    max_moves: ClassVar[int | None] = None
+    options: ClassVar[Options] = Options(remember=False)
+    memory: ClassVar[Memory] = Memory()
     all_maps: ClassVar[bool] = False
 
     @classmethod
@@ -51,66 +54,68 @@ class EplbPolicy:
             num_groups: Groups of consecutive experts; divides E.
             num_nodes: N; divides num_ranks.
             num_ranks: GPUs, over all nodes.
-            old_global_expert_indices: [L, R], the expert in every slot of the plan in place, which
-                the new plan stays close to. It is ignored if it has another shape or lacks an
-                expert, as after a change of GPUs.
+            old_global_expert_indices: [L, R'], the expert in every slot of the plan in place, -1 in
+                new slots; with more or fewer ranks than num_ranks, the first ones stay. The new
+                plan starts from it.
 
         Returns:
-            The expert in every slot, int64 [L, R] on the CPU, or all three maps.
+            The expert in every slot, int64 [L, R] on the CPU, or all three maps. Where no plan can
+            be made of the load, such as one with NaN, that is logged and the old map returned.
 
         Raises:
             TypeError: An argument is of the wrong kind.
-            ValueError: As `eplb_torch.rebalance_experts`.
+            ValueError: There is no plan of these sizes, or none can be made and there is no
+                old map to keep.
         """
-        old, counts = old_global_expert_indices, (num_replicas, num_groups, num_nodes, num_ranks)
-        kept = {}
-        if old is not None:
-            in_place = np.asarray(as_previous(old))
-            if _is_complete(in_place, (weight.shape[0], num_replicas), weight.shape[1]):
-                kept = {"previous": in_place, "max_moves": cls.max_moves}
-        phy2log, *others = rebalance_experts(weight, *counts, strategy=cls.strategy, **kept)
+        counts = num_replicas, num_groups, num_nodes, num_ranks
+        options, old = cls.options, old_global_expert_indices
+        kept: dict[str, Any] = {} if old is None else {"previous": old, **options.limits}
+        try:
+            seen = cls.memory.observe(weight, counts) if options.remember else weight
+            maps = rebalance_experts(seen, *counts, strategy=options.strategy, **kept)
+        except ValueError as error:
+            if old is None or weight.ndim != 2:
+                raise
+            _logger.warning("no plan was made, the old map stays: %s", error)
+            nothing = torch.zeros(weight.shape, device="cpu")
+            maps = rebalance_experts(nothing, *counts, previous=old, max_moves=0)
+        phy2log, log2phy, logcnt = maps
         if not cls.all_maps:
             return phy2log.cpu()
-        log2phy, logcnt = others
         return phy2log.cpu(), log2phy.cpu(), logcnt.cpu()
 
 
-def _is_complete(old: np.ndarray, shape: tuple[int, int], num_experts: int) -> bool:
-    """Whether a map has this shape and, in every layer, a slot for every expert."""
-    if old.shape != shape or not np.all((old >= 0) & (old < num_experts)):
-        return False
-    held = np.zeros((shape[0], num_experts), bool)
-    held[np.arange(shape[0])[:, None], old.astype(np.intp)] = True
-    return bool(held.all())
-
-
-def install(strategy: str | Strategy = "auto", max_moves: int | None = None) -> None:
+def install(
+    strategy: str | Strategy | None = None,
+    max_moves: int | None = None,
+    *,
+    options: Options | None = None,
+) -> None:
     """Replace vLLM's default policy in this process.
 
     Whether the installed vLLM expects one map or three is read from the annotations of its policy.
 
     Args:
-        strategy: A name from `eplb_jax.STRATEGIES` or a `Strategy`.
+        strategy: A name from `eplb_jax.STRATEGIES` or a `Strategy`; None: that of the options.
         max_moves: Per layer, the maximum number of slots that receive an expert from another GPU;
-            None: no limit.
+            None: that of the options.
+        options: How to plan; None: those of the environment.
 
     Raises:
         ImportError: vLLM is not installed, or is a release without policies.
         TypeError: `max_moves` is not a whole number.
-        ValueError: The strategy is not known, or `max_moves` is negative.
+        ValueError: The strategy is not known, or an option is negative.
     """
     from vllm.distributed.eplb.policy import EPLB_POLICIES  # pyright: ignore[reportMissingImports]
 
-    if max_moves is not None:
-        if not hasattr(max_moves, "__index__"):
-            raise TypeError(f"max_moves must be a whole number, got {max_moves!r}")
-        if max_moves < 0:
-            raise ValueError(f"max_moves={max_moves} is negative; nearest: 0")
+    chosen = options_of_environment() if options is None else options
+    given = {"strategy": strategy, "max_moves": max_moves}
+    chosen = dataclasses.replace(chosen, **{k: v for k, v in given.items() if v is not None})
     current = EPLB_POLICIES["default"]
     returned = current.rebalance_experts.__annotations__.get("return", "")
     names = {
-        "strategy": resolve_strategy(strategy),
-        "max_moves": max_moves,
+        "options": chosen,
+        "memory": Memory(),
         "all_maps": getattr(current, "all_maps", "tuple" in str(returned).lower()),
     }
     EPLB_POLICIES["default"] = type("EplbPolicy", (EplbPolicy,), names)
@@ -125,6 +130,6 @@ def register() -> None:
     wanted = os.environ.get(VARIABLE, "0")
     if wanted not in ("", "0"):
         try:
-            install("auto" if wanted == "1" else wanted)
+            install(None if wanted == "1" else wanted)
         except ValueError as error:
             raise ValueError(f"{VARIABLE}={wanted}: {error}") from error

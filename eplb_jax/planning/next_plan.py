@@ -1,0 +1,140 @@
+"""The next plan beside the one in place, and plans for GPUs that differ or are not all alive.
+
+The plan in place is the start: a layer keeps it as long as a new plan would hardly be better, and
+otherwise gets the nearest plan that is nearly as good as a new one.
+"""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float, Int32, Key
+
+from eplb_jax.arrays import unfused
+from eplb_jax.planning.forecast import Forecast, forecast_of
+from eplb_jax.planning.gpus import Gpus
+from eplb_jax.planning.history import History
+from eplb_jax.planning.per_node import fresh_plan
+from eplb_jax.planning.placement import count_replicas, ranks_in, ranks_listed
+from eplb_jax.planning.strategies import Strategy
+from eplb_jax.sharding import by_layers
+from eplb_jax.transition.completion import complete_plan
+from eplb_jax.transition.local_search import Goal, improve_plan, plan_cost
+from eplb_jax.transition.relabel import relabel
+from eplb_jax.types import Placement, Replication, Topology
+
+ALWAYS = 0.01
+"""Imbalance that a plan may have above a new one's, in units of the tolerance, whatever that is."""
+
+_ROUNDS_FROM_NOTHING = 64
+"""Maximum number of rounds for a plan that starts from nothing."""
+
+
+class Limits(NamedTuple):
+    """Limits on the way from the plan in place, as of `plan`."""
+
+    tolerance: Float[Array, ""]
+    max_moves: Int32[Array, ""]
+    penalty: Float[Array, ""]
+
+
+def _goal(reached: Float[Array, " L"], limits: Limits) -> Goal:
+    """The imbalance that is near enough to what a new plan reaches."""
+    target = reached + unfused(limits.tolerance * (ALWAYS + reached))
+    return Goal(target, limits.max_moves, limits.penalty)
+
+
+def _windows(forecast: Forecast) -> Float[Array, "L T E"]:
+    return forecast.load[:, None] if forecast.windows is None else forecast.windows
+
+
+@by_layers
+@partial(jax.jit, static_argnames=("topology", "hierarchical", "strategy"))
+def next_plan(
+    load: Float[Array, "*T L E"] | History,
+    weights: Float[Array, " T"] | None,
+    key: Key[Array, ""] | None,
+    old: Placement,
+    limits: Limits,
+    *,
+    topology: Topology,
+    hierarchical: bool,
+    strategy: Strategy,
+) -> Replication:
+    """The plan in place, improved until it is nearly as good as a new one.
+
+    Where no plan near it is, the new one replaces it, renumbered, within the same limits.
+    """
+    forecast = forecast_of(load, weights, summed=not strategy.distinct)
+    windows, nodes = _windows(forecast), {"topology": topology, "hierarchical": hierarchical}
+    search = topology if hierarchical else topology.one_node
+    new = fresh_plan(load, weights, key, topology=search, strategy=strategy)
+    reached, _ = plan_cost(windows, new.phy2log, old.phy2log, topology=topology)
+    goal = _goal(reached, limits)
+    expert, cost, _ = improve_plan(windows, old.phy2log, old.phy2log, goal, **nodes)
+
+    def replace(expert: Int32[Array, "L R"]) -> Int32[Array, "L R"]:
+        fresh = relabel(new, old.phy2log, **nodes).phy2log
+        imbalance, moves = plan_cost(windows, fresh, old.phy2log, topology=topology)
+        price = jnp.maximum(imbalance, goal.target) + unfused(
+            limits.penalty * moves.astype(jnp.float32)
+        )
+        better = (moves <= limits.max_moves) & (price < cost)
+        return jnp.where(better[:, None], fresh, expert)
+
+    expert = lax.cond(jnp.any(cost > goal.target), replace, lambda x: x, expert)
+    same = jnp.all(expert == old.phy2log, axis=1, keepdims=True)
+    rank = jnp.where(same, ranks_listed(old), ranks_in(expert))
+    return Replication(expert, rank, count_replicas(expert, forecast.load.shape[1]))
+
+
+@by_layers
+@partial(jax.jit, static_argnames=("topology", "hierarchical", "strategy"))
+def elastic_plan(
+    load: Float[Array, "*T L E"] | History,
+    weights: Float[Array, " T"] | None,
+    old: Int32[Array, "L R"] | None,
+    gpus: Gpus,
+    limits: Limits,
+    *,
+    topology: Topology,
+    hierarchical: bool,
+    strategy: Strategy,
+) -> Replication:
+    """A plan for live GPUs, with slots and speeds of their own; -1 in the slots of the others.
+
+    Experts without a slot in the plan in place come first and count as moves, as do those that
+    fill empty slots; both are made whatever the limit. Then as `next_plan`, but a new plan, made
+    by the same search from nothing, only says what can be reached.
+    """
+    forecast = forecast_of(load, weights, summed=not strategy.distinct)
+    windows, num_experts = _windows(forecast), forecast.load.shape[1]
+    takes = jnp.asarray(np.array(topology.slots_of_gpu) > 0)
+    live = takes if gpus.active is None else takes & gpus.active
+    speed = gpus.speed
+    if speed is not None or gpus.active is not None or not bool(np.all(topology.slots_of_gpu)):
+        speed = jnp.where(live, 1.0 if speed is None else speed, 0)
+    nodes: dict[str, Any] = {"topology": topology, "hierarchical": hierarchical, "speed": speed}
+    empty = jnp.full((len(forecast.load), topology.num_replicas), -1, jnp.int32)
+    expected = forecast.load if forecast.above is None else forecast.load + forecast.above
+    start = complete_plan(expected, empty, live, **nodes)
+    every = jnp.asarray(np.iinfo(np.int32).max, jnp.int32)
+    zero = jnp.zeros((), jnp.float32)
+    floor = Goal(jnp.zeros(len(start), jnp.float32), every, zero)
+    search = {"rounds": _ROUNDS_FROM_NOTHING, "two": windows.shape[1] == 1} | nodes
+    new, _, _ = improve_plan(windows, start, start, floor, **search)
+    if old is not None:
+        lives = live[jnp.asarray(topology.gpu_of_slot)]
+        held = jnp.where(lives, old, -1)
+        reached, _ = plan_cost(windows, new, held, topology=topology, speed=speed)
+        start = complete_plan(expected, held, live, **nodes)
+        _, least = plan_cost(windows, start, held, topology=topology, speed=speed)
+        goal = _goal(reached, limits)
+        within = goal._replace(max_moves=jnp.maximum(goal.max_moves, jnp.max(least, initial=0)))
+        near, _, _ = improve_plan(windows, start, held, within, **nodes)
+        _, moves = plan_cost(windows, near, held, topology=topology, speed=speed)
+        new = jnp.where((moves <= jnp.maximum(limits.max_moves, least))[:, None], near, start)
+    return Replication(new, ranks_in(new), count_replicas(new, num_experts))
