@@ -48,6 +48,7 @@ from eplb_jax.planning.history import merge_histories as merge_histories
 from eplb_jax.planning.history import update_history as update_history
 from eplb_jax.planning.history_files import load_history as load_history
 from eplb_jax.planning.history_files import save_history as save_history
+from eplb_jax.planning.next_plan import TOLERANCE as TOLERANCE
 from eplb_jax.planning.placement import check_placement as check_placement
 from eplb_jax.planning.placement import placement_of as placement_of
 from eplb_jax.planning.plan import plan as plan

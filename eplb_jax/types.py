@@ -92,7 +92,8 @@ class Topology:
         object.__setattr__(self, "nodes", nodes)
         object.__setattr__(self, "num_groups", as_count("num_groups", self.num_groups))
         if nodes is None:
-            check_divides("num_nodes", num_nodes, "num_gpus", num_gpus)
+            other = "nodes, the node of every GPU"
+            check_divides("num_nodes", num_nodes, "num_gpus", num_gpus, otherwise=other)
 
     @classmethod
     def of_replicas(
@@ -161,6 +162,14 @@ def _one_each(name: str, values: Sequence[int] | np.ndarray, num_gpus: int) -> t
     if len(values) != num_gpus:
         raise ValueError(f"{name} has {len(values)} numbers for {num_gpus} GPUs; give one for each")
     return tuple(as_count(name, x, least=0) for x in values)
+
+
+def as_topology(topology: Topology | int, num_slots: int) -> Topology:
+    """The topology of a plan of so many slots: the one given, or so many equal GPUs."""
+    if isinstance(topology, (int, np.integer)):
+        return Topology.of_replicas(num_slots, int(topology))
+    check_topology(topology, num_slots)
+    return topology
 
 
 def check_topology(topology: Topology, num_slots: int | None = None) -> None:

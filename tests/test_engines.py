@@ -96,10 +96,61 @@ def test_vllm_calls_by_position_from_a_thread(policies, monkeypatch):
     assert torch.equal(plan, eplb_torch.rebalance_experts(LOAD, *COUNTS, previous=old)[0])
     alone = eplb_torch.rebalance_experts(LOAD, *COUNTS)[0]
     assert (plan == old).sum() > (alone == old).sum()
-    unfit = old[:, :40], torch.where(old == 5, -1, old), torch.where(old == 5, 6, old), old + 1
-    for other in unfit:  # as after a change of GPUs
-        assert torch.equal(policies["default"].rebalance_experts(LOAD, *COUNTS, other), alone)
     assert torch.equal(plan, vllm.EplbPolicy.rebalance_experts(LOAD, *COUNTS, old))
+
+
+def test_vllm_scales_up_and_down():
+    """New columns are -1 when ranks join, and the old map is wider when they leave."""
+    old = torch.from_numpy(np.array(eplb_jax.rebalance_experts(LOAD.numpy(), *COUNTS).phy2log))
+    grown = torch.cat([old, torch.full((3, 12), -1)], dim=1)
+    up = vllm.EplbPolicy.rebalance_experts(LOAD, 60, 4, 1, 10, grown)
+    down = vllm.EplbPolicy.rebalance_experts(LOAD, 36, 4, 1, 6, old.long())
+    for new, width in ((up, 48), (down, 36)):
+        eplb_jax.check_placement(eplb_jax.placement_of(new.numpy(), 32))
+        assert (new[:, :width] == old[:, :width]).float().mean() > 0.4
+    lost = torch.where(old == 5, -1, old)  # as after a fault
+    new = vllm.EplbPolicy.rebalance_experts(LOAD, *COUNTS, lost)
+    eplb_jax.check_placement(eplb_jax.placement_of(new.numpy(), 32))
+    assert (new == old).float().mean() > 0.7
+
+
+def test_vllm_keeps_the_old_map_where_the_load_says_nothing(caplog):
+    old = torch.arange(48).expand(3, 48) % 32
+    assert torch.equal(vllm.EplbPolicy.rebalance_experts(0 * LOAD, *COUNTS, old), old)
+    assert "old map stays" not in caplog.text
+    broken = LOAD.clone()
+    broken[1, 3] = float("nan")
+    assert torch.equal(vllm.EplbPolicy.rebalance_experts(broken, *COUNTS, old), old)
+    assert "the old map stays: weight at layer 1, expert 3 is nan" in caplog.text
+    with pytest.raises(ValueError, match="is nan"):
+        vllm.EplbPolicy.rebalance_experts(broken, *COUNTS)
+
+
+def test_vllm_remembers_between_calls_until_ranks_change(policies, monkeypatch):
+    monkeypatch.setenv("EPLB_TORCH_STRATEGY", "fast")
+    monkeypatch.setenv("EPLB_TORCH_MAX_MOVES", "7")
+    vllm.install()
+    policy = policies["default"]
+    assert (policy.strategy, policy.max_moves, policy.remember) == ("fast", 7, True)
+    old = torch.arange(48).expand(3, 48) % 32
+    loads = [LOAD, LOAD.flip(1), LOAD.roll(5, 1)]
+    plans = [policy.rebalance_experts(x, *COUNTS, old) for x in loads]
+    history = eplb_jax.init_history(3, 32)
+    for load, plan in zip(loads, plans, strict=True):
+        history = eplb_jax.update_history(history, load.numpy())
+        options = {"previous": old, "max_moves": 7, "strategy": "fast"}
+        assert torch.equal(plan, eplb_torch.rebalance_experts(history, *COUNTS, **options)[0])
+    fewer = policy.rebalance_experts(LOAD, 36, 4, 1, 6, old)
+    vllm.install()
+    assert torch.equal(policies["default"].rebalance_experts(LOAD, 36, 4, 1, 6, old), fewer)
+    monkeypatch.setenv("EPLB_TORCH_REMEMBER", "0")
+    vllm.install()
+    assert not policies["default"].remember
+    for name, value in (("TOLERANCE", "-1"), ("REMEMBER", "perhaps"), ("MAX_MOVES", "2.5")):
+        monkeypatch.setenv(f"EPLB_TORCH_{name}", value)
+        with pytest.raises(ValueError, match=f"EPLB_TORCH_{name}={value} is no"):
+            vllm.install()
+        monkeypatch.delenv(f"EPLB_TORCH_{name}")
 
 
 def test_vllm_moves_no_more_than_it_is_told(policies):
@@ -109,7 +160,7 @@ def test_vllm_moves_no_more_than_it_is_told(policies):
         vllm.install(QUICK, max_moves=most)
         plan = policies["default"].rebalance_experts(LOAD, *COUNTS, old)
         received = eplb_jax.moves(old.numpy(), plan.numpy(), topology).received
-        assert received.sum(axis=1).max() == most
+        assert most - 1 <= received.sum(axis=1).max() <= most
     with pytest.raises(ValueError, match="max_moves=-1 is negative; nearest: 0"):
         vllm.install(max_moves=-1)
     with pytest.raises(TypeError, match=r"max_moves must be a whole number, got 1\.5"):
@@ -196,7 +247,6 @@ def test_sglang_hierarchical(algorithm, dtype):
     [
         ((48, 5, 4, 2, "deepseek"), "num_local_physical_experts=5 does not divide"),
         ((48, 6, None, 2, "deepseek_hierarchical"), "needs num_groups, got None"),
-        ((48, 6, 4, 2, "elasticity_aware"), "'elasticity_aware' is not supported; choose one"),
         ((48, 6, 4, 2, None), "algorithm=None is not supported"),
     ],
 )
@@ -211,19 +261,39 @@ def test_sglang_refuses_complex_loads():
 
 
 def test_sglang_install(monkeypatch):
-    def own(*arguments):
-        return "SGLang's own", arguments[-1]
-
     eplb = modules(monkeypatch, sglang__srt__eplb={})
-    eplb.eplb_algorithms = types.SimpleNamespace(rebalance_experts=own)
+    eplb.eplb_algorithms = types.SimpleNamespace(rebalance_experts=None)
     for _ in range(2):  # the second finds the first in place
         sglang.install("greedy")
         call = eplb.eplb_algorithms.rebalance_experts
         expected = torch_oracle.rebalance_experts(LOAD, *COUNTS)
         maps = call(LOAD, 48, 6, 4, 2, algorithm=Algorithm.deepseek_hierarchical)
         assert all(torch.equal(x, y) for x, y in zip(maps, expected, strict=True))
-        down = Algorithm.elasticity_aware
-        assert call(LOAD, 48, 6, 4, 2, down) == ("SGLang's own", down)
+
+
+def test_sglang_with_dead_ranks(monkeypatch):
+    """The mask is as long as the capacity, and slots of dead ranks hold expert 0, unlisted."""
+    active = torch.tensor([1, 1, 0, 1, 1, 1, 1, 1, 0, 0], dtype=torch.int32)
+    state = types.SimpleNamespace(active_ranks=active)
+    manager = types.SimpleNamespace(instance=lambda: state)
+    eplb = modules(monkeypatch, sglang__srt__eplb={})
+    eplb.eplb_algorithms = types.SimpleNamespace(rebalance_experts=None)
+    elastic = modules(monkeypatch, sglang__srt__elastic_ep={})
+    elastic.elastic_ep = types.SimpleNamespace(ElasticEPStateManager=manager)
+    sglang.install(QUICK)
+    call = eplb.eplb_algorithms.rebalance_experts
+    before, *_ = call(LOAD, 48, 6, 4, 2, Algorithm.deepseek)
+    phy2log, log2phy, logcnt = call(LOAD, 48, 6, 4, 2, Algorithm.elasticity_aware)
+    dead = torch.arange(48) // 6 == 2
+    assert torch.all(phy2log[:, dead] == 0)
+    assert not torch.isin(log2phy, torch.arange(12, 18)).any()
+    assert torch.all(logcnt.sum(dim=1) == 42)
+    assert torch.all(logcnt >= 1)
+    assert (phy2log == before)[:, ~dead].float().mean() > 0.6  # the plan that was returned last
+    state.active_ranks = torch.ones(8, dtype=torch.int32)
+    back, _, logcnt = call(LOAD, 48, 6, 4, 2, Algorithm.elasticity_aware)
+    assert torch.all(logcnt.sum(dim=1) == 48)
+    assert (back == phy2log)[:, ~dead].float().mean() > 0.5
 
 
 @pytest.mark.peers

@@ -122,7 +122,7 @@ def test_load_plan_and_topology_must_fit(plan):
     ):
         balance(np.ones((4, 12)), plan, Topology(10, slots=4))
     with pytest.raises(TypeError, match="Topology"):
-        gap(np.ones((4, 12)), plan, 5)
+        gap(np.ones((4, 12)), plan, (5, 4))
     with pytest.raises(ValueError, match="placement at layer 0, slot 1 is 9"):
         balance(np.ones((1, 4)), [[0, 9, 2, 3]], Topology(2, slots=2))
     with pytest.raises(ValueError, match="placement has no slot for expert 3"):

@@ -43,7 +43,7 @@ def decide(
     load: LoadLike,
     old: Placement | LoadLike,
     new: Placement | LoadLike,
-    topology: Topology,
+    topology: Topology | int,
     *,
     bytes_per_expert: int,
     bandwidth: float,
@@ -134,7 +134,7 @@ def _rate(gain: Float[np.ndarray, " L"], size: Int[np.ndarray, " L"]) -> np.ndar
 
 
 def _max_load(
-    load: Float[Array, "*TL E"] | np.ndarray, plan: Placement | LoadLike, topology: Topology
+    load: Float[Array, "*TL E"] | np.ndarray, plan: Placement | LoadLike, topology: Topology | int
 ) -> Float[np.ndarray, "T L"]:
     """Tokens of the most loaded GPU, in float64."""
     gpu_load = np.asarray(gpu_loads(load, plan, topology), np.float64)

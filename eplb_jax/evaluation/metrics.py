@@ -15,7 +15,7 @@ from eplb_jax.planning.bounds import plan_bound
 from eplb_jax.planning.gpus import as_speed
 from eplb_jax.planning.placement import as_placement
 from eplb_jax.sharding import spec_of, under_auto
-from eplb_jax.types import Placement, Topology, check_topology
+from eplb_jax.types import Placement, Topology, as_topology
 
 
 class Balance(NamedTuple):
@@ -42,7 +42,7 @@ class Balance(NamedTuple):
 def balance(
     load: LoadLike,
     placement: Placement | LoadLike,
-    topology: Topology,
+    topology: Topology | int,
     *,
     split: Float[Array, "*TL R"] | None = None,
     speed: ArrayLike | Array | None = None,
@@ -54,7 +54,7 @@ def balance(
     Args:
         load: Loads in any unit: [L, E], [T, L, E] of T windows, or [E] of one layer.
         placement: The plan, or its phy2log [L, R] or [R], for the same layers and experts.
-        topology: GPUs and slots; as many slots as the plan has.
+        topology: GPUs and slots, as many slots as the plan has; or the number of GPUs.
         split: The share of every slot in the load of its expert, as of `runtime.split_load`:
             [L, R], [T, L, R] or [R]. None: the replicas of an expert share its load equally.
         speed: Of every GPU, [G], in any unit: the balance is that of load / speed. None: equal.
@@ -73,7 +73,7 @@ def balance(
     """
     loads = gpu_loads(load, placement, topology, split=split)
     held = as_experts(placement, "placement") >= 0
-    check_topology(topology, held.shape[-1])
+    topology = as_topology(topology, held.shape[-1])
     live = jnp.zeros((*held.shape[:-1], topology.num_gpus), bool)
     live = live.at[..., jnp.asarray(topology.gpu_of_slot)].max(held)
     return balance_of(loads, live, as_speed(speed, topology))
@@ -82,7 +82,7 @@ def balance(
 def gpu_loads(
     load: LoadLike,
     placement: Placement | LoadLike,
-    topology: Topology,
+    topology: Topology | int,
     *,
     split: Float[Array, "*TL R"] | None = None,
 ) -> Float[Array, "*TL G"]:
@@ -98,7 +98,7 @@ def gpu_loads(
         raise ValueError(
             f"load has the shape {array.shape}, but the plan is for {plan.logcnt.shape}"
         )
-    check_topology(topology, plan.phy2log.shape[-1])
+    topology = as_topology(topology, plan.phy2log.shape[-1])
     if split is not None:
         split = jnp.asarray(split, jnp.float32)
         shapes = plan.phy2log.shape, array.shape[:-1] + plan.phy2log.shape[-1:]
@@ -145,7 +145,7 @@ def gpu_loads_in_order(load: Num[np.ndarray, "... E"], num_gpus: int) -> Num[np.
 def gap(
     load: LoadLike,
     placement: Placement | LoadLike,
-    topology: Topology,
+    topology: Topology | int,
     *,
     speed: ArrayLike | Array | None = None,
 ) -> Float[Array, "*TL"]:
@@ -159,6 +159,7 @@ def gap(
         [0.0]
     """
     loads = gpu_loads(load, placement, topology)
+    topology = as_topology(topology, as_experts(placement, "placement").shape[-1])
     paces = as_speed(speed, topology)
     most = jnp.max(
         loads if paces is None else loads / jnp.broadcast_to(paces, loads.shape), axis=-1

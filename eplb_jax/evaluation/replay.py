@@ -23,6 +23,7 @@ from eplb_jax.planning.history import (
     init_history,
     update_history,
 )
+from eplb_jax.planning.next_plan import TOLERANCE
 from eplb_jax.planning.plan import plan
 from eplb_jax.planning.policy import Policy
 from eplb_jax.planning.strategies import Strategy, resolve_strategy
@@ -156,21 +157,23 @@ def plan_from_windows(
     keep: bool = True,
     policy: Policy = "auto",
     strategy: str | Strategy = "auto",
+    tolerance: float | None = TOLERANCE,
     max_moves: int | None = None,
     move_penalty: float | None = None,
 ) -> Planner:
     """A planner that uses all past windows, by `eplb_jax.plan`, whose arguments these are.
 
-    With `keep` the plan in place is passed as `previous`, which `max_moves` and `move_penalty`
-    need.
+    With `keep` the plan in place is passed as `previous`, which `tolerance` and the limits on moves
+    are about.
     """
     options: dict[str, Any] = {"policy": policy, "strategy": strategy}
-    return _planner(topology, keep, max_moves, move_penalty, **options)
+    return _planner(topology, keep, tolerance, max_moves, move_penalty, **options)
 
 
 def _planner(
     topology: Topology,
     keep: bool = True,
+    tolerance: float | None = TOLERANCE,
     max_moves: int | None = None,
     move_penalty: float | None = None,
     **options: Any,
@@ -185,7 +188,7 @@ def _planner(
     def planner(past: np.ndarray | History, placed: Placement | None) -> Placement:
         if placed is None or not keep:
             return make(past)
-        return make(past, previous=placed, **limits)
+        return make(past, previous=placed, tolerance=tolerance, **limits)
 
     return planner
 

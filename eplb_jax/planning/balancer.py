@@ -25,6 +25,7 @@ from eplb_jax.planning.history import (
     update_history,
 )
 from eplb_jax.planning.history_files import load_tree, save_tree
+from eplb_jax.planning.next_plan import TOLERANCE
 from eplb_jax.planning.placement import count_replicas, place, ranks_in
 from eplb_jax.planning.plan import plan
 from eplb_jax.planning.policy import Policy
@@ -218,7 +219,7 @@ def balancer(
     *,
     policy: Policy = "auto",
     strategy: str | Strategy = "auto",
-    tolerance: float = 0.1,
+    tolerance: float = TOLERANCE,
     max_moves: int | None = None,
     move_penalty: float | None = None,
     steps_per_window: int = 1,

@@ -72,7 +72,7 @@ def plan_bound(
         takes = jnp.asarray(np.array(topology.slots_of_gpu) > 0)
         speeds = as_speed(speed, topology)
         speeds = jnp.where(takes, 1.0 if speeds is None else speeds, 0)
-        bound = partial(_bound_of_gpus, speed=speeds, num_replicas=topology.num_replicas)
+        return _bound_of_gpus(jnp.asarray(array), speeds, num_replicas=topology.num_replicas)
     return under_auto(bound, PartitionSpec(*spec_of(array)[:-1]), array)
 
 
@@ -87,8 +87,9 @@ def _plan_bound(
     return jnp.vectorize(bound, signature="(e)->()")(load)
 
 
+@partial(jax.jit, static_argnames="num_replicas")
 def _bound_of_gpus(
-    load: Float[Array, "*L E"], *, speed: Float[Array, " G"], num_replicas: int
+    load: Float[Array, "*L E"], speed: Float[Array, " G"], *, num_replicas: int
 ) -> Float[Array, "*L"]:
     def of_layer(load: Float[Array, " E"]) -> Float[Array, ""]:
         counts = replicate(load[None], num_replicas, len(speed)).logcnt[0].astype(load.dtype)

@@ -14,6 +14,8 @@ from jax import lax
 from jaxtyping import Array, Float, Int32, Key
 
 from eplb_jax.arrays import unfused
+from eplb_jax.checks import as_limit, as_penalty
+from eplb_jax.packing.duplicates import count_duplicates
 from eplb_jax.planning.forecast import Forecast, forecast_of
 from eplb_jax.planning.gpus import Gpus
 from eplb_jax.planning.history import History
@@ -25,6 +27,9 @@ from eplb_jax.transition.completion import complete_plan
 from eplb_jax.transition.local_search import Goal, improve_plan, plan_cost
 from eplb_jax.transition.relabel import relabel
 from eplb_jax.types import Placement, Replication, Topology
+
+TOLERANCE = 0.125
+"""Default of how much worse than a new plan the next one may be."""
 
 ALWAYS = 0.01
 """Imbalance that a plan may have above a new one's, in units of the tolerance, whatever that is."""
@@ -38,13 +43,32 @@ class Limits(NamedTuple):
 
     tolerance: Float[Array, ""]
     max_moves: Int32[Array, ""]
-    penalty: Float[Array, ""]
+    move_penalty: Float[Array, ""]
+
+
+def as_limits(
+    tolerance: Any, max_moves: Any, move_penalty: Any, default: Limits | None = None
+) -> Limits:
+    """Limits as arrays; None stands for the default, or for none.
+
+    Raises:
+        TypeError: One is no number.
+        ValueError: One is negative or not finite.
+    """
+    zero = jnp.zeros((), jnp.float32)
+    none = Limits(zero, jnp.asarray(np.iinfo(np.int32).max, jnp.int32), zero)
+    given = none if default is None else default
+    return Limits(
+        given.tolerance if tolerance is None else as_penalty("tolerance", tolerance),
+        given.max_moves if max_moves is None else as_limit("max_moves", max_moves),
+        given.move_penalty if move_penalty is None else as_penalty("move_penalty", move_penalty),
+    )
 
 
 def _goal(reached: Float[Array, " L"], limits: Limits) -> Goal:
     """The imbalance that is near enough to what a new plan reaches."""
     target = reached + unfused(limits.tolerance * (ALWAYS + reached))
-    return Goal(target, limits.max_moves, limits.penalty)
+    return Goal(target, limits.max_moves, limits.move_penalty)
 
 
 def _windows(forecast: Forecast) -> Float[Array, "L T E"]:
@@ -66,7 +90,8 @@ def next_plan(
 ) -> Replication:
     """The plan in place, improved until it is nearly as good as a new one.
 
-    Where no plan near it is, the new one replaces it, renumbered, within the same limits.
+    Where no plan near it is within twice the tolerance, the new one replaces it, renumbered, within
+    the same limits; and where the old one has duplicates that are still there.
     """
     forecast = forecast_of(load, weights, summed=not strategy.distinct)
     windows, nodes = _windows(forecast), {"topology": topology, "hierarchical": hierarchical}
@@ -76,16 +101,23 @@ def next_plan(
     goal = _goal(reached, limits)
     expert, cost, _ = improve_plan(windows, old.phy2log, old.phy2log, goal, **nodes)
 
+    far = cost > goal.target + (goal.target - reached)
+    busy = jnp.any(forecast.load > 0, axis=1)
+    duplicates = jax.vmap(lambda x: count_duplicates(x.reshape(topology.num_gpus, -1)))
+    doubled = busy & (duplicates(expert) > duplicates(new.phy2log))
+
     def replace(expert: Int32[Array, "L R"]) -> Int32[Array, "L R"]:
         fresh = relabel(new, old.phy2log, **nodes).phy2log
         imbalance, moves = plan_cost(windows, fresh, old.phy2log, topology=topology)
         price = jnp.maximum(imbalance, goal.target) + unfused(
-            limits.penalty * moves.astype(jnp.float32)
+            limits.move_penalty * moves.astype(jnp.float32)
         )
-        better = (moves <= limits.max_moves) & (price < cost)
+        # A plan without duplicates is worth an imbalance of 1.
+        better = (moves <= limits.max_moves) & (far | doubled)
+        better &= price < cost + doubled.astype(jnp.float32)
         return jnp.where(better[:, None], fresh, expert)
 
-    expert = lax.cond(jnp.any(cost > goal.target), replace, lambda x: x, expert)
+    expert = lax.cond(jnp.any(far | doubled), replace, lambda x: x, expert)
     same = jnp.all(expert == old.phy2log, axis=1, keepdims=True)
     rank = jnp.where(same, ranks_listed(old), ranks_in(expert))
     return Replication(expert, rank, count_replicas(expert, forecast.load.shape[1]))

@@ -13,8 +13,6 @@ from eplb_jax.checks import (
     LoadLike,
     as_count,
     as_key,
-    as_limit,
-    as_penalty,
     check_multiple,
     is_concrete,
 )
@@ -25,7 +23,7 @@ from eplb_jax.planning.forecast import (
 )
 from eplb_jax.planning.gpus import Gpus, align, as_active, as_speed
 from eplb_jax.planning.history import History
-from eplb_jax.planning.next_plan import Limits, elastic_plan, next_plan
+from eplb_jax.planning.next_plan import TOLERANCE, as_limits, elastic_plan, next_plan
 from eplb_jax.planning.per_node import fresh_plan
 from eplb_jax.planning.placement import as_placement, place
 from eplb_jax.planning.policy import Policy, is_hierarchical, resolve_policy
@@ -46,7 +44,7 @@ def plan(
     previous_gpus: Sequence[int] | None = None,
     active: ArrayLike | Array | None = None,
     speed: ArrayLike | Array | None = None,
-    tolerance: float | None = 0.1,
+    tolerance: float | None = TOLERANCE,
     max_moves: int | None = None,
     move_penalty: float | None = None,
     check: bool = True,
@@ -91,7 +89,8 @@ def plan(
         speed: Tokens per second of every GPU, [G], in any unit: load / speed is balanced.
         tolerance: How much worse than a new plan the next one may be so that fewer experts move:
             this fraction of 1 % + the imbalance that a new plan has on the same loads. A layer
-            within it keeps its plan, any other gets a near plan within it, or else the new plan.
+            within it keeps its plan, any other gets a near plan within it, or, where the nearest
+            one found is not within twice of it, the new plan.
             None: the new plan in any case, with its nodes, GPUs and slots numbered so that as many
             slots as possible keep their expert.
         max_moves: Per layer, the maximum number of slots that receive an expert from another GPU;
@@ -220,7 +219,7 @@ def _plan_replicas(
     previous_gpus: Sequence[int] | None = None,
     active: ArrayLike | Array | None = None,
     speed: ArrayLike | Array | None = None,
-    tolerance: float | None = 0.1,
+    tolerance: float | None = TOLERANCE,
     max_moves: int | None = None,
     move_penalty: float | None = None,
 ) -> Replication:
@@ -238,12 +237,7 @@ def _plan_replicas(
                 raise ValueError(f"{limit} needs previous, the plan in place, got None")
     elif tolerance is None and (max_moves is not None or move_penalty is not None):
         raise ValueError("tolerance=None, a new plan, takes no limits; nearest: tolerance=0")
-    most = topology.num_replicas if max_moves is None else max_moves
-    limits = Limits(
-        as_penalty("tolerance", 0.0 if tolerance is None else tolerance),
-        as_limit("max_moves", most),
-        as_penalty("move_penalty", 0.0 if move_penalty is None else move_penalty),
-    )
+    limits = as_limits(tolerance, max_moves, move_penalty)
     elastic = not topology.is_uniform or any(x is not None for x in gpus)
     if previous is not None and not elastic:
         moved = previous_gpus is not None

@@ -1,5 +1,6 @@
 """Whether groups of experts are kept on nodes."""
 
+import warnings
 from typing import Literal, get_args
 
 from eplb_jax.checks import check_divides
@@ -26,10 +27,26 @@ def is_hierarchical(topology: Topology, policy: str, num_experts: int) -> bool:
     """Whether groups are packed to nodes; raises ValueError where topology and experts misfit."""
     num_groups, num_nodes = topology.num_groups, topology.num_nodes
     check_experts(topology, num_experts)
+    if policy == "auto" and not topology.is_uniform:
+        policy = "global"
     if resolve_policy(policy, num_groups, num_nodes) == "global":
-        check_size(topology.num_replicas, topology.num_gpus)
+        if topology.is_uniform:
+            check_size(topology.num_replicas, topology.num_gpus)
         return False
     check_divides("num_groups", num_groups, "number of experts", num_experts)
     check_divides("num_nodes", num_nodes, "num_groups", num_groups, otherwise='policy="global"')
+    if not topology.is_uniform:
+        raise ValueError(
+            "the hierarchical policy needs GPUs with equally many slots and nodes of equal size; "
+            'nearest: policy="global"'
+        )
     check_size(topology.num_replicas // num_nodes, topology.gpus_per_node)
+    gpus, experts = topology.gpus_per_node, num_experts // num_nodes
+    useless = topology.num_replicas // num_nodes - experts * gpus
+    if useless > 0 and num_nodes > 1:
+        warnings.warn(
+            f"{useless} slots of every node do nothing: its {gpus} GPUs have more slots than its "
+            f'{experts} experts; policy="global" uses them',
+            stacklevel=4,
+        )
     return num_nodes > 1

@@ -12,6 +12,7 @@ from jaxtyping import Array, Key
 
 from eplb_jax.checks import LoadLike, as_count, as_load
 from eplb_jax.planning.history import History
+from eplb_jax.planning.next_plan import TOLERANCE, Limits, as_limits
 from eplb_jax.planning.placement import as_placement
 from eplb_jax.planning.plan import plan
 from eplb_jax.planning.policy import Policy
@@ -27,6 +28,7 @@ class CompiledPlan:
         shape: Of the loads: (L, E), or (T, L, E); of a history, the shapes of its arrays.
         topology: What plans are made for.
         with_previous: Whether a call takes the plan in place.
+        limits: Of a call that names none: tolerance, max_moves and move_penalty.
         executable: What was compiled; it has `cost_analysis` and `memory_analysis`.
         sharding: Of the loads; None: JAX's default device.
     """
@@ -34,6 +36,7 @@ class CompiledPlan:
     shape: tuple[int, ...] | History
     topology: Topology
     with_previous: bool
+    limits: Limits
     executable: jax.stages.Compiled = field(repr=False)
     sharding: jax.sharding.Sharding | None = field(repr=False)
 
@@ -42,6 +45,9 @@ class CompiledPlan:
         load: LoadLike | History,
         previous: Placement | LoadLike | None = None,
         *,
+        tolerance: float | None = None,
+        max_moves: int | None = None,
+        move_penalty: float | None = None,
         check: bool = True,
     ) -> Placement:
         """The plan that `eplb_jax.plan` makes of these loads, bit for bit.
@@ -49,6 +55,9 @@ class CompiledPlan:
         Args:
             load: Loads of `shape`, of any real dtype; anything `jnp.asarray` takes. Or a history.
             previous: The plan in place or its phy2log [L, R], if `with_previous`.
+            tolerance: Another one than was compiled with, which compiles nothing. None: that.
+            max_moves: Likewise.
+            move_penalty: Likewise.
             check: Whether to reject loads that are NaN, infinite or negative; checking a JAX
                 array waits for its device.
 
@@ -79,6 +88,7 @@ class CompiledPlan:
             if got != wanted:
                 raise ValueError(f"previous must have maps of the shapes {wanted}, got {got}")
             arguments.append(jax.device_put(old, _by_layer(self.sharding)))
+            arguments.append(as_limits(tolerance, max_moves, move_penalty, self.limits))
         return self.executable(*arguments)
 
 
@@ -90,6 +100,7 @@ def precompile(
     strategy: str | Strategy = "auto",
     key: Key[Array, ""] | None = None,
     with_previous: bool = False,
+    tolerance: float = TOLERANCE,
     max_moves: int | None = None,
     move_penalty: float | None = None,
     sharding: jax.sharding.Sharding | None = None,
@@ -107,6 +118,7 @@ def precompile(
         strategy: A name or a `Strategy`.
         key: For strategies that draw at random.
         with_previous: Whether calls take the plan in place; needed for the two limits.
+        tolerance: How much worse than a new plan the next one may be.
         max_moves: Per layer, the maximum number of moves.
         move_penalty: Imbalance that a move must gain.
         sharding: Of the loads, for instance layers over a mesh; None: JAX's default device.
@@ -138,10 +150,15 @@ def precompile(
             raise ValueError(f"shape must be (L, E) or (T, L, E), got {axes}")
     check_topology(topology)
     options: dict[str, Any] = {"policy": policy, "strategy": strategy, "key": key}
-    options |= {"max_moves": max_moves, "move_penalty": move_penalty}
+    if not with_previous:
+        options |= {"max_moves": max_moves, "move_penalty": move_penalty}
+    limits = as_limits(tolerance, max_moves, move_penalty)
 
-    def make(load: Array | History, old: Placement | None = None) -> Placement:
-        return plan(load, topology, previous=old, **options)
+    def make(
+        load: Array | History, old: Placement | None = None, limits: Limits | None = None
+    ) -> Placement:
+        given = {} if limits is None else limits._asdict()
+        return plan(load, topology, previous=old, **given, **options)
 
     arguments: list[Any] = [load]
     if with_previous:
@@ -151,8 +168,9 @@ def precompile(
         num_layers, num_experts = axes[-2:]
         slots = np.resize(np.arange(num_experts), (num_layers, topology.num_replicas))
         as_placement(slots, "previous", num_experts)
+        arguments.append(limits)
     executable = jax.jit(make).lower(*arguments).compile()
-    return CompiledPlan(compiled_for, topology, with_previous, executable, sharding)
+    return CompiledPlan(compiled_for, topology, with_previous, limits, executable, sharding)
 
 
 def _by_layer(sharding: jax.sharding.Sharding | None) -> jax.sharding.Sharding | None:

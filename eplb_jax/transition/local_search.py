@@ -38,7 +38,7 @@ from eplb_jax.transition.slot_swaps import pairing, swap_slots
 from eplb_jax.transition.walk import BITS, Best, Goal, Walk, above_target, cost_of
 from eplb_jax.types import Topology
 
-_ROUNDS = 20
+_ROUNDS = 24
 """Maximum number of rounds."""
 
 _PATIENCE = 8
@@ -47,7 +47,7 @@ _PATIENCE = 8
 _BETWEEN = 3
 """Number of rounds from one that changes experts to the next."""
 
-_NEAR, _LEAST_NEAR, _NEARER = 0.5, 0.1, 0.85
+_NEAR, _LEAST_NEAR, _NEARER = 0.5, 0.1, 0.7
 """Share of the best gain per move below which swaps and changes wait for a later round: in the
 first round and in late ones, and its factor from round to round."""
 

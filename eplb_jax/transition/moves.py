@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike
 from eplb_jax.arrays import first_equal
 from eplb_jax.checks import LoadLike, as_count, as_experts
 from eplb_jax.sharding import by_layers
-from eplb_jax.types import Placement, Topology, check_topology
+from eplb_jax.types import Placement, Topology, as_topology
 
 STAYS, SAME_GPU, SAME_NODE, OTHER_NODE, STORAGE = range(5)
 """Where a slot's expert comes from: the slot itself, its GPU, its node, another node, or storage,
@@ -65,7 +65,7 @@ class Traffic(NamedTuple):
 def moves(
     old: Placement | LoadLike,
     new: Placement | LoadLike,
-    topology: Topology,
+    topology: Topology | int,
     *,
     active: ArrayLike | Array | None = None,
 ) -> Moves:
@@ -78,7 +78,7 @@ def moves(
     Args:
         old: The plan in place, or its phy2log, [L, R] or [R]; -1 in slots without an expert.
         new: The next plan, or its phy2log, of the same shape; likewise.
-        topology: GPUs, slots and nodes; as many slots as the plans have.
+        topology: GPUs, slots and nodes, as many slots as the plans have; or the number of GPUs.
         active: Whether every GPU is alive, [G]: no expert is taken from the others. None: all.
 
     Returns:
@@ -95,7 +95,7 @@ def moves(
     """
     before = as_experts(old, "old")
     after = as_experts(new, "new", before.shape)
-    check_topology(topology, before.shape[-1])
+    topology = as_topology(topology, before.shape[-1])
     lives = (
         jnp.ones(topology.num_gpus, bool) if active is None else jnp.asarray(active).astype(bool)
     )

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 import eplb_jax
-from eplb_jax import History, Policy, Strategy
+from eplb_jax import TOLERANCE, History, Policy, Strategy
 from eplb_torch.backend import compute_device, untraced
 from eplb_torch.conversion import as_map, as_previous, as_weight
 
@@ -147,7 +147,7 @@ def rebalance_experts(
     previous_gpus: Sequence[int] | None = None,
     active: Any = None,
     speed: Any = None,
-    tolerance: float | None = 0.1,
+    tolerance: float | None = TOLERANCE,
     max_moves: int | None = None,
     move_penalty: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

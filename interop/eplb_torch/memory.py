@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 import eplb_jax
-from eplb_jax import History, Strategy, resolve_strategy
+from eplb_jax import TOLERANCE, History, Strategy, resolve_strategy
 from eplb_torch.backend import compute_device
 from eplb_torch.conversion import as_weight
 
@@ -39,7 +39,7 @@ class Options:
     """
 
     strategy: str | Strategy = "auto"
-    tolerance: float | None = 0.1
+    tolerance: float | None = TOLERANCE
     max_moves: int | None = None
     move_penalty: float | None = None
     remember: bool = True

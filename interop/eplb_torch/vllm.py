@@ -26,13 +26,21 @@ class EplbPolicy:
     """An implementation of vLLM's `AbstractEplbPolicy`. Subclasses may set other values.
 
     Attributes:
-        options: How to plan.
+        strategy: As of `eplb_torch.memory.Options`, and so are the next four.
+        tolerance: How much worse than a new plan the next one may be.
+        max_moves: Limit of moves per layer.
+        move_penalty: Imbalance that a move must gain.
+        remember: Whether to plan for all windows seen so far. `install` turns it on.
         memory: What was seen in earlier calls; every class that `install` makes has its own.
         all_maps: Whether to return all three maps, as older vLLM releases expect, whose policies
             do not get the old map.
     """
 
-    options: ClassVar[Options] = Options(remember=False)
+    strategy: ClassVar[str | Strategy] = Options.strategy
+    tolerance: ClassVar[float | None] = Options.tolerance
+    max_moves: ClassVar[int | None] = Options.max_moves
+    move_penalty: ClassVar[float | None] = Options.move_penalty
+    remember: ClassVar[bool] = False
     memory: ClassVar[Memory] = Memory()
     all_maps: ClassVar[bool] = False
 
@@ -68,7 +76,8 @@ class EplbPolicy:
                 old map to keep.
         """
         counts = num_replicas, num_groups, num_nodes, num_ranks
-        options, old = cls.options, old_global_expert_indices
+        options = Options(**{x.name: getattr(cls, x.name) for x in dataclasses.fields(Options)})
+        old = old_global_expert_indices
         kept: dict[str, Any] = {} if old is None else {"previous": old, **options.limits}
         try:
             seen = cls.memory.observe(weight, counts) if options.remember else weight
@@ -113,8 +122,7 @@ def install(
     chosen = dataclasses.replace(chosen, **{k: v for k, v in given.items() if v is not None})
     current = EPLB_POLICIES["default"]
     returned = current.rebalance_experts.__annotations__.get("return", "")
-    names = {
-        "options": chosen,
+    names = vars(chosen) | {
         "memory": Memory(),
         "all_maps": getattr(current, "all_maps", "tuple" in str(returned).lower()),
     }
