@@ -197,3 +197,10 @@ def test_topologies_that_are_none(arguments, message):
 def test_spare_slots_that_do_nothing_are_told():
     with pytest.warns(UserWarning, match='1 slots of every node do nothing.*"global" uses them'):
         eplb_jax.rebalance_experts(lognormal(2, 64), 72, 8, 8, 8, strategy="greedy")
+
+
+def test_too_few_slots_inside_jit_end_with_as_many_experts_as_fit():
+    step = jax.jit(lambda active: plan(LOAD, TOPOLOGY, active=active, **OPTIONS).phy2log)
+    held = np.asarray(step(np.arange(8) < 4))
+    assert np.all(held[:, 24:] == -1)
+    assert all(len(set(x)) == 24 for x in held[:, :24])

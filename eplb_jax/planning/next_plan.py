@@ -34,6 +34,9 @@ TOLERANCE = 0.125
 ALWAYS = 0.01
 """Imbalance that a plan may have above a new one's, in units of the tolerance, whatever that is."""
 
+_FEW_SLOTS = 12
+"""Slots of a GPU up to which two are swapped for two: with more, single swaps are fine enough."""
+
 _ROUNDS_FROM_NOTHING = 64
 """Maximum number of rounds for a plan that starts from nothing."""
 
@@ -156,7 +159,8 @@ def elastic_plan(
     every = jnp.asarray(np.iinfo(np.int32).max, jnp.int32)
     zero = jnp.zeros((), jnp.float32)
     floor = Goal(jnp.zeros(len(start), jnp.float32), every, zero)
-    search = {"rounds": _ROUNDS_FROM_NOTHING, "two": windows.shape[1] == 1} | nodes
+    few = max(topology.slots_of_gpu) <= _FEW_SLOTS
+    search = {"rounds": _ROUNDS_FROM_NOTHING, "two": len(windows[0]) == 1 and few} | nodes
     new, _, _ = improve_plan(windows, start, start, floor, **search)
     if old is not None:
         lives = live[jnp.asarray(topology.gpu_of_slot)]

@@ -85,7 +85,8 @@ def plan(
             load keeps it. It may have -1 in slots without an expert, and another number of GPUs.
         previous_gpus: For every GPU the number that it had in `previous`, -1 for a new one. None:
             the same numbers; GPUs past the end of `previous` are new.
-        active: Whether every GPU is alive, [G]. The others hold -1. Live GPUs hold all experts.
+        active: Whether every GPU is alive, [G]. The others hold -1. Live GPUs hold all experts;
+            inside `jax.jit`, where too few slots are no error, as many as they can.
         speed: Tokens per second of every GPU, [G], in any unit: load / speed is balanced.
         tolerance: How much worse than a new plan the next one may be so that fewer experts move:
             this fraction of 1 % + the imbalance that a new plan has on the same loads. A layer

@@ -25,6 +25,7 @@ class _Gaps(NamedTuple):
 
     expert: Int32[Array, "c m"]
     replicas: Int32[Array, " E1"]
+    steps: Int32[Array, ""]
 
 
 def complete_plan(
@@ -44,7 +45,8 @@ def complete_plan(
     Args:
         load: Expected loads.
         old: The plan in place; -1 in empty slots.
-        live: Whether a GPU takes experts. Live GPUs have at least E slots in total.
+        live: Whether a GPU takes experts. Where these have fewer than E slots, some experts get
+            none.
         topology: GPUs, slots, nodes and groups.
         hierarchical: Whether groups of experts stay on their nodes.
         speed: Of every GPU; None: equal.
@@ -81,6 +83,7 @@ def _complete(
         return held.at[node[None], of].set(True)[:, :-1]
 
     homes = nodes_of_groups(start)
+    most = topology.num_replicas + empty  # so that it ends where live slots are too few
 
     def is_home(expert: Int32[Array, ""]) -> Bool[Array, " G"]:
         """Whether the expert's group is on the node of a GPU, or on none."""
@@ -90,10 +93,11 @@ def _complete(
         return held[node] | ~jnp.any(held)
 
     def has_gaps(gaps: _Gaps) -> Bool[Array, ""]:
-        return jnp.any(gaps.replicas[:-1] == 0) | jnp.any(usable & (gaps.expert == empty))
+        gap = jnp.any(gaps.replicas[:-1] == 0) | jnp.any(usable & (gaps.expert == empty))
+        return gap & (gaps.steps < most)
 
     def fill(gaps: _Gaps) -> _Gaps:
-        expert, count = gaps
+        expert, count, steps = gaps
         share = units / jnp.maximum(count, 1).astype(jnp.float32)
         time = jnp.sum(take_rows((share).astype(jnp.int32), expert), axis=0, dtype=jnp.int32)
         time = time.astype(jnp.float32)
@@ -130,8 +134,9 @@ def _complete(
         return _Gaps(
             expert.ravel().at[slot].set(new).reshape(expert.shape),
             count.at[new].add(1).at[gone].add(-1),
+            steps + 1,
         )
 
     count = jnp.zeros(empty + 1, jnp.int32).at[start].add(1)
-    end = lax.while_loop(has_gaps, fill, _Gaps(start, count)).expert
+    end = lax.while_loop(has_gaps, fill, _Gaps(start, count, jnp.zeros((), jnp.int32))).expert
     return from_grid(jnp.where(end == empty, -1, end), topology)
