@@ -120,7 +120,9 @@ def next_plan(
         better &= price < cost + doubled.astype(jnp.float32)
         return jnp.where(better[:, None], fresh, expert)
 
-    expert = lax.cond(jnp.any(far | doubled), replace, lambda x: x, expert)
+    # A new plan moves more than an eighth of the slots: with less to spend it is not looked at.
+    possible = limits.max_moves >= topology.num_replicas // 8
+    expert = lax.cond(possible & jnp.any(far | doubled), replace, lambda x: x, expert)
     same = jnp.all(expert == old.phy2log, axis=1, keepdims=True)
     rank = jnp.where(same, ranks_listed(old), ranks_in(expert))
     return Replication(expert, rank, count_replicas(expert, forecast.load.shape[1]))

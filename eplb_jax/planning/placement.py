@@ -13,6 +13,9 @@ from eplb_jax.checks import LoadLike, as_experts, check_complete, is_concrete
 from eplb_jax.sharding import by_layers
 from eplb_jax.types import Placement, Replication
 
+_FEW_SLOTS = 512
+"""Number of slots up to which comparing all of them is faster than sorting them."""
+
 
 @by_layers
 @jax.jit
@@ -51,10 +54,15 @@ def first_positions(
 
 def ranks_in(phy2log: Int32[Array, "*L R"]) -> Int32[Array, "*L R"]:
     """The rank of every replica among those of its expert, in the order of their slots."""
-    slot = jnp.arange(phy2log.shape[-1], dtype=jnp.int32)
-    same = phy2log[..., :, None] == phy2log[..., None, :]
-    earlier = jnp.broadcast_to(slot[:, None] > slot[None], same.shape)
-    return jnp.sum(same & earlier, axis=-1, dtype=jnp.int32)
+    slot = lax.broadcasted_iota(jnp.int32, phy2log.shape, phy2log.ndim - 1)
+    if phy2log.shape[-1] <= _FEW_SLOTS:
+        same = phy2log[..., :, None] == phy2log[..., None, :]
+        earlier = slot[..., :, None] > slot[..., None, :]
+        return jnp.sum(same & earlier, axis=-1, dtype=jnp.int32)
+    expert, order = lax.sort((phy2log, slot), num_keys=2)
+    first = jnp.concatenate([jnp.full_like(expert[..., :1], -2), expert[..., :-1]], axis=-1)
+    start = lax.cummax(jnp.where(expert != first, slot, 0), axis=phy2log.ndim - 1)
+    return lax.sort((order, slot - start), num_keys=1)[1]
 
 
 def ranks_listed(plan: Placement) -> Int32[Array, "*L R"]:
