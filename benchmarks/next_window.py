@@ -87,8 +87,8 @@ def table_of_measured(strategy: str) -> Table:
         row = [f"{name}{', shuffled' * shuffled}", f"{slots} / {gpus}"]
         for planner in (
             plan_from_last_window(topology),
+            plan_from_history(topology, strategy=strategy, tolerance=None),
             plan_from_history(topology, strategy=strategy),
-            plan_from_history(topology, strategy=strategy, max_moves=slots // 4),
         ):
             imbalance, moved, ms = measure(trace, planner, topology)
             row += [f"{imbalance:.2f}", f"{100 * moved / slots:.0f} %", f"{ms:.1f}"]
@@ -144,7 +144,9 @@ def draw(strategy: str) -> None:
                 )
                 for x in limits
             ]
-            free = measure(trace, plan_from_history(topology, strategy=strategy), topology)
+            free = measure(
+                trace, plan_from_history(topology, strategy=strategy, tolerance=None), topology
+            )
             greedy = measure(trace, plan_from_last_window(topology), topology)
             moved = [100 * x / slots for _, x, _ in curve]
             axes.plot(moved, [x for x, _, _ in curve], "o-", color="#1f77b4", label="max_moves")

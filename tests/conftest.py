@@ -18,6 +18,7 @@ os.environ.setdefault(
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 
 import jax
+import pytest
 from jaxtyping import install_import_hook
 
 import tests.typecheck  # noqa: F401  the hook looks it up
@@ -35,3 +36,15 @@ def pytest_collection_finish():
     # Traces are millions of objects that stay; looking through them takes a tenth of the time.
     gc.freeze()
     gc.set_threshold(100_000, 50, 50)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def memory_maps():
+    """Drop programs before a process has as many memory maps as Linux allows, 65,530.
+
+    Every compiled program takes some of them; past the limit XLA crashes.
+    """
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and len(maps.read_text().splitlines()) > 30_000:
+        jax.clear_caches()

@@ -20,6 +20,7 @@ from eplb_jax.evaluation.replay import (
     without_balancer,
 )
 from eplb_jax.planning.history import REMEMBERED
+from eplb_jax.planning.next_plan import TOLERANCE
 from eplb_jax.planning.policy import Policy
 from eplb_jax.planning.strategies import STRATEGIES
 from eplb_jax.types import Topology
@@ -47,7 +48,10 @@ def simulate(
             show_default="auto",
         ),
     ] = None,
-    keep: Annotated[bool, Option(help="Keep experts on their GPU if balance allows it.")] = True,
+    keep: Annotated[bool, Option(help="Start each plan from the one in place.")] = True,
+    tolerance: Annotated[
+        float, Option(help="How much worse than a new plan the next one may be.")
+    ] = TOLERANCE,
     max_moves: Annotated[
         int | None, Option(help="Most slots of a layer filled from other GPUs.")
     ] = None,
@@ -74,7 +78,8 @@ def simulate(
     topology = Topology.of_replicas(num_replicas, num_gpus, num_nodes, num_groups)
     names = tuple(dict.fromkeys(strategy or ["auto"]))
     checked = cast(Policy, policy)  # by the first plan
-    limits = {"keep": keep, "max_moves": max_moves, "move_penalty": move_penalty}
+    limits = {"keep": keep, "tolerance": tolerance, "max_moves": max_moves}
+    limits["move_penalty"] = move_penalty
     sizes = {
         "recent": as_count("window", window),
         "remembered": as_count("memory", memory, least=0),
