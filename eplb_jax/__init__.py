@@ -8,6 +8,7 @@ everything else is private and changes without notice. Axes are named in `eplb_j
   `replicate_experts` are its two halves.
 - `History` keeps what a service has seen in bounded space: `init_history`, `update_history`,
   `merge_histories`, `save_history`, `load_history`.
+- `balancer` is the loop of a running service: `init`, `observe`, `propose`, `commit`.
 - `metrics` measures plans; `plan_bound` and `packing_bound` are proven lower bounds.
 - `moves` says what leads from one plan to another, `decide` whether it is worth it.
 - `runtime` is for use inside a running model.
@@ -34,10 +35,8 @@ from eplb_jax.evaluation.replay import plan_from_windows as plan_from_windows
 from eplb_jax.evaluation.replay import replay as replay
 from eplb_jax.packing.balanced_packing import balanced_packing as balanced_packing
 from eplb_jax.packing.bounds import packing_bound as packing_bound
-from eplb_jax.planning.balancer import VERDICTS as VERDICTS
 from eplb_jax.planning.balancer import Balancer as Balancer
 from eplb_jax.planning.balancer import BalancerState as BalancerState
-from eplb_jax.planning.balancer import Proposal as Proposal
 from eplb_jax.planning.balancer import balancer as balancer
 from eplb_jax.planning.balancer import load_balancer as load_balancer
 from eplb_jax.planning.balancer import save_balancer as save_balancer
@@ -57,6 +56,8 @@ from eplb_jax.planning.plan import rebalance_experts as rebalance_experts
 from eplb_jax.planning.policy import Policy as Policy
 from eplb_jax.planning.precompile import CompiledPlan as CompiledPlan
 from eplb_jax.planning.precompile import precompile as precompile
+from eplb_jax.planning.proposal import VERDICTS as VERDICTS
+from eplb_jax.planning.proposal import Proposal as Proposal
 from eplb_jax.planning.replication import replicate_experts as replicate_experts
 from eplb_jax.planning.strategies import STRATEGIES as STRATEGIES
 from eplb_jax.planning.strategies import Strategy as Strategy

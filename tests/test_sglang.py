@@ -1,0 +1,140 @@
+"""The contract of SGLang, on stubs and, in the test marked `peers`, on SGLang itself.
+
+`make peers` installs SGLang's Python files without their dependencies and runs that test.
+"""
+
+import enum
+import sys
+import types
+from pathlib import Path
+
+import eplb_torch
+import numpy as np
+import pytest
+import torch
+from eplb_torch import sglang
+
+from tests import torch_oracle
+from tests.engines import COUNTS, LOAD, modules
+from tests.helpers import QUICK
+
+PEERS = Path(sys.prefix) / "peers"
+
+Algorithm = enum.Enum(
+    "Algorithm", "deepseek deepseek_hierarchical deepseek_vec_hierarchical elasticity_aware"
+)
+
+
+@pytest.mark.parametrize("algorithm", [Algorithm.deepseek, "deepseek_vec"])
+@pytest.mark.parametrize("groups", [None, 4])
+def test_sglang_global(algorithm, groups):
+    counts = torch.randint(0, 2**20, (5, 3, 32), dtype=torch.int32)
+    maps = sglang.rebalance_experts(counts, 48, 6, groups, 2, algorithm, strategy=QUICK)
+    expected = eplb_torch.rebalance_experts(counts, 48, 1, 1, 8, policy="global", strategy=QUICK)
+    assert all(torch.equal(x, y) for x, y in zip(maps, expected, strict=True))
+    maps = sglang.rebalance_experts(counts, 48, 6, groups, 2, algorithm, strategy="greedy")
+    expected = torch_oracle.rebalance_experts(counts.sum(0), 48, 1, 1, 8)
+    assert all(torch.equal(x, y) for x, y in zip(maps, expected, strict=True))
+
+
+@pytest.mark.parametrize(
+    "algorithm", [Algorithm.deepseek_vec_hierarchical, "deepseek_hierarchical"]
+)
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float16])
+def test_sglang_hierarchical(algorithm, dtype):
+    steps = (LOAD.expand(9, 3, 32) * 1000).to(dtype)
+    maps = sglang.rebalance_experts(
+        tokens_per_expert=steps,
+        num_physical_experts=48,
+        num_local_physical_experts=6,
+        num_groups=4,
+        num_nodes=2,
+        algorithm=algorithm,
+        strategy=QUICK,
+    )
+    options = {"policy": "hierarchical", "strategy": QUICK}
+    expected = eplb_torch.rebalance_experts(steps.double(), *COUNTS, **options)
+    assert all(torch.equal(x, y) for x, y in zip(maps, expected, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((48, 5, 4, 2, "deepseek"), "num_local_physical_experts=5 does not divide"),
+        ((48, 6, None, 2, "deepseek_hierarchical"), "needs num_groups, got None"),
+        ((48, 6, 4, 2, None), "algorithm=None is not supported"),
+    ],
+)
+def test_sglang_bad_input_is_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        sglang.rebalance_experts(LOAD, *arguments)
+
+
+def test_sglang_refuses_complex_loads():
+    with pytest.raises(TypeError, match="must hold real numbers, got dtype complex64"):
+        sglang.rebalance_experts(torch.ones(2, 3, 32).to(torch.complex64), 48, 6, 4, 2, "deepseek")
+
+
+def test_sglang_install(monkeypatch):
+    eplb = modules(monkeypatch, sglang__srt__eplb={})
+    eplb.eplb_algorithms = types.SimpleNamespace(rebalance_experts=None)
+    for _ in range(2):  # the second finds the first in place
+        sglang.install("greedy")
+        call = eplb.eplb_algorithms.rebalance_experts
+        expected = torch_oracle.rebalance_experts(LOAD, *COUNTS)
+        maps = call(LOAD, 48, 6, 4, 2, algorithm=Algorithm.deepseek_hierarchical)
+        assert all(torch.equal(x, y) for x, y in zip(maps, expected, strict=True))
+
+
+def test_sglang_with_dead_ranks(monkeypatch):
+    """The mask is as long as the capacity, and slots of dead ranks hold expert 0, unlisted."""
+    active = torch.tensor([1, 1, 0, 1, 1, 1, 1, 1, 0, 0], dtype=torch.int32)
+    state = types.SimpleNamespace(active_ranks=active)
+    manager = types.SimpleNamespace(instance=lambda: state)
+    eplb = modules(monkeypatch, sglang__srt__eplb={})
+    eplb.eplb_algorithms = types.SimpleNamespace(rebalance_experts=None)
+    elastic = modules(monkeypatch, sglang__srt__elastic_ep={})
+    elastic.elastic_ep = types.SimpleNamespace(ElasticEPStateManager=manager)
+    sglang.install(QUICK)
+    call = eplb.eplb_algorithms.rebalance_experts
+    before, *_ = call(LOAD, 48, 6, 4, 2, Algorithm.deepseek)
+    phy2log, log2phy, logcnt = call(LOAD, 48, 6, 4, 2, Algorithm.elasticity_aware)
+    dead = torch.arange(48) // 6 == 2
+    assert torch.all(phy2log[:, dead] == 0)
+    assert not torch.isin(log2phy, torch.arange(12, 18)).any()
+    assert torch.all(logcnt.sum(dim=1) == 42)
+    assert torch.all(logcnt >= 1)
+    assert (phy2log == before)[:, ~dead].float().mean() > 0.6  # the plan that was returned last
+    state.active_ranks = torch.ones(8, dtype=torch.int32)
+    back, _, logcnt = call(LOAD, 48, 6, 4, 2, Algorithm.elasticity_aware)
+    assert torch.all(logcnt.sum(dim=1) == 48)
+    assert (back == phy2log)[:, ~dead].float().mean() > 0.5
+
+
+@pytest.mark.peers
+@pytest.mark.skipif(not PEERS.is_dir(), reason="SGLang is not there: make peers")
+def test_sglangs_own_code_plans_the_same(monkeypatch):
+    for name in ("sglang", "sglang.srt", "sglang.srt.eplb"):  # without what their imports need
+        package = types.ModuleType(name)
+        package.__path__ = [str(PEERS / name.replace(".", "/"))]
+        monkeypatch.setitem(sys.modules, name, package)
+    from sglang.srt.eplb import eplb_algorithms as theirs
+
+    # Distinct primes times all counts of replicas: no quotients tie, and float32 sums, as we and
+    # DeepSeek have them, are as exact as SGLang's float64.
+    primes = [p for p in range(11, 542) if all(p % d for d in range(2, 24))]
+    rng = np.random.default_rng(0)
+    total = torch.from_numpy(2520 * np.stack([rng.permutation(primes)[:64] for _ in range(100)]))
+    steps = torch.stack([total // 3, total - total // 3])
+    own = theirs.rebalance_experts
+    for algorithm in (theirs.EplbAlgorithm.deepseek, theirs.EplbAlgorithm.deepseek_hierarchical):
+        expected = own(steps, 96, 12, 8, 2, algorithm)
+        sglang.install("greedy")
+        assert theirs.rebalance_experts is not own
+        maps = theirs.rebalance_experts(steps, 96, 12, 8, 2, algorithm)
+        for ours, other in zip(maps, expected, strict=True):
+            assert ours.dtype == other.dtype
+        assert torch.equal(maps[0], expected[0])
+        assert torch.equal(maps[2], expected[2])
+        # Replicas of one expert tie, and torch's sort, which is not stable, orders them at will.
+        assert torch.equal(maps[1].sort().values, expected[1].sort().values)
