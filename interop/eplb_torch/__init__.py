@@ -1,7 +1,8 @@
 """DeepSeek's EPLB for PyTorch: the plans of `eplb_jax` as torch tensors.
 
-`import eplb_torch as eplb` replaces `import eplb`. `eplb_torch.vllm` and `eplb_torch.sglang` are
-plug-ins for those engines. `to_jax` and `to_torch` convert tensors and arrays.
+`import eplb_torch as eplb` replaces `import eplb`. `eplb_torch.vllm`, `eplb_torch.sglang`
+and `eplb_torch.verl` are plug-ins for those engines. `to_jax` and `to_torch` convert tensors and
+arrays.
 """
 
 from eplb_torch.balancer import Balancer as Balancer
