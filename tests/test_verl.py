@@ -31,7 +31,7 @@ def test_every_expert_is_on_one_device_and_loads_are_balanced():
         devices = layer["device_list"]
         assert [x["device_id"] for x in devices] == [0, 1, 2, 3]
         placed = [x["device_expert"] for x in devices]
-        assert sorted(sum(placed, [])) == list(range(16))
+        assert sorted(np.ravel(placed).tolist()) == list(range(16))
         assert {len(x) for x in placed} == {4}
         loads = np.array([of_layer[x].sum() for x in placed])
         assert loads.max() / loads.mean() < 1.1
