@@ -204,3 +204,15 @@ def test_too_few_slots_inside_jit_end_with_as_many_experts_as_fit():
     held = np.asarray(step(np.arange(8) < 4))
     assert np.all(held[:, 24:] == -1)
     assert all(len(set(x)) == 24 for x in held[:, :24])
+
+
+def test_a_limit_holds_layer_by_layer_whatever_other_layers_lack():
+    old = np.array(plan(LOAD, TOPOLOGY, **OPTIONS).phy2log)
+    old[1] = np.resize(np.arange(20), 48)  # lacks twelve experts, and needs as many moves
+    limits = OPTIONS | {"max_moves": 2, "active": np.ones(8, bool)}
+    load = LOAD * np.random.default_rng(0).lognormal(0, 0.3, LOAD.shape).astype(np.float32)
+    every = plan(load, TOPOLOGY, previous=old, **limits)
+    assert np.asarray(moves(old, every, TOPOLOGY).received).sum(axis=1)[[0, 2]].max() <= 2
+    for layer in (0, 2):
+        alone = plan(load[layer : layer + 1], TOPOLOGY, previous=old[layer : layer + 1], **limits)
+        np.testing.assert_array_equal(alone.phy2log[0], every.phy2log[layer])

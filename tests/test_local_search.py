@@ -119,7 +119,7 @@ def test_cost_and_moves_are_those_of_the_plan_found(hierarchical, speed):
 
     @jax.jit
     def search(windows, old):
-        goal = Goal(jnp.zeros(len(old)), jnp.int32(9), jnp.float32(0))
+        goal = Goal(jnp.zeros(len(old)), jnp.full(len(old), 9, jnp.int32), jnp.float32(0))
         return improve_plan(windows, old, old, goal, hierarchical=hierarchical, **options)
 
     start = jnp.asarray(old, jnp.int32)

@@ -25,12 +25,12 @@ from eplb_jax.planning.history import (
 )
 from eplb_jax.planning.history_files import load_tree, save_tree
 from eplb_jax.planning.next_plan import TOLERANCE
-from eplb_jax.planning.placement import count_replicas, place, ranks_in
+from eplb_jax.planning.placement import count_replicas, invert_map
 from eplb_jax.planning.plan import plan
 from eplb_jax.planning.policy import Policy
 from eplb_jax.planning.proposal import Proposal, assess
 from eplb_jax.planning.strategies import Strategy, resolve_strategy
-from eplb_jax.types import Placement, Replication, Topology, check_experts, check_topology
+from eplb_jax.types import Placement, Topology, check_experts, check_topology
 
 
 class BalancerState(NamedTuple):
@@ -108,7 +108,9 @@ class Balancer:
             raise ValueError(
                 f"history has the shape {seen.current.shape}, not {(num_layers, num_experts)}"
             )
-        return BalancerState(seen, _placement(old, num_experts), jnp.zeros((), jnp.int32))
+        return BalancerState(
+            seen, invert_map(old, num_experts=num_experts), jnp.zeros((), jnp.int32)
+        )
 
     def observe(self, state: BalancerState, load: LoadLike) -> BalancerState:
         """The state after one more step: [L, E] tokens of every expert. For `jax.jit`, too.
@@ -262,9 +264,3 @@ def load_balancer(path: str | Path) -> BalancerState:
     plan = Placement(*(jnp.zeros((0, 1, 1)[:k], jnp.int32) for k in (2, 3, 2)))
     like = BalancerState(empty, plan, jnp.zeros((), jnp.int32))
     return load_tree(path, like, "state of a balancer", "save_balancer")
-
-
-def _placement(phy2log: Int32[Array, "L R"], num_experts: int) -> Placement:
-    """The plan of a map that may lack experts."""
-    count = count_replicas(phy2log, num_experts)
-    return place(Replication(phy2log, ranks_in(phy2log), count))

@@ -71,7 +71,7 @@ def as_limits(
 def _goal(reached: Float[Array, " L"], limits: Limits) -> Goal:
     """The imbalance that is near enough to what a new plan reaches."""
     target = reached + unfused(limits.tolerance * (ALWAYS + reached))
-    return Goal(target, limits.max_moves, limits.move_penalty)
+    return Goal(target, jnp.broadcast_to(limits.max_moves, target.shape), limits.move_penalty)
 
 
 def _windows(forecast: Forecast) -> Float[Array, "L T E"]:
@@ -158,9 +158,9 @@ def elastic_plan(
     empty = jnp.full((len(forecast.load), topology.num_replicas), -1, jnp.int32)
     expected = forecast.load if forecast.above is None else forecast.load + forecast.above
     start = complete_plan(expected, empty, live, **nodes)
-    every = jnp.asarray(np.iinfo(np.int32).max, jnp.int32)
     zero = jnp.zeros((), jnp.float32)
-    floor = Goal(jnp.zeros(len(start), jnp.float32), every, zero)
+    every = jnp.full(len(start), np.iinfo(np.int32).max, jnp.int32)
+    floor = Goal(jnp.broadcast_to(zero, every.shape), every, zero)
     few = max(topology.slots_of_gpu) <= _FEW_SLOTS
     search = {"rounds": _ROUNDS_FROM_NOTHING, "two": len(windows[0]) == 1 and few} | nodes
     new, _, _ = improve_plan(windows, start, start, floor, **search)
@@ -171,8 +171,6 @@ def elastic_plan(
         start = complete_plan(expected, held, live, **nodes)
         _, least = plan_cost(windows, start, held, topology=topology, speed=speed)
         goal = _goal(reached, limits)
-        within = goal._replace(max_moves=jnp.maximum(goal.max_moves, jnp.max(least, initial=0)))
-        near, _, _ = improve_plan(windows, start, held, within, **nodes)
-        _, moves = plan_cost(windows, near, held, topology=topology, speed=speed)
-        new = jnp.where((moves <= jnp.maximum(limits.max_moves, least))[:, None], near, start)
+        goal = goal._replace(max_moves=jnp.maximum(goal.max_moves, least))
+        new, _, _ = improve_plan(windows, start, held, goal, **nodes)
     return Replication(new, ranks_in(new), count_replicas(new, num_experts))

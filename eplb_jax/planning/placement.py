@@ -112,12 +112,13 @@ def as_placement(value: Any, name: str, num_experts: int | None = None) -> Place
             raise TypeError(f"{name} is a traced map; give a Placement, see placement_of")
         num_experts = int(np.asarray(experts).max(initial=0)) + 1
     check_complete(experts, num_experts, name)
-    return _placement_of(experts, num_experts=num_experts)
+    return invert_map(experts, num_experts=num_experts)
 
 
 @by_layers
 @partial(jax.jit, static_argnames="num_experts")
-def _placement_of(phy2log: Int32[Array, "*L R"], *, num_experts: int) -> Placement:
+def invert_map(phy2log: Int32[Array, "*L R"], *, num_experts: int) -> Placement:
+    """The plan of a map, which may lack experts."""
     count = count_replicas(phy2log, num_experts)
     return place(Replication(phy2log, ranks_in(phy2log), count))
 

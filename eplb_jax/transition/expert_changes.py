@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32
 
 from eplb_jax.arrays import along, first_equal, take_rows, unfused
-from eplb_jax.transition.layer import Layer, Plan, is_home, share_of
+from eplb_jax.transition.layer import Layer, Plan, is_home, ordered, share_of
 from eplb_jax.transition.walk import (
     MOST,
     Goal,
@@ -12,7 +12,6 @@ from eplb_jax.transition.walk import (
     best_prefix,
     excess_of,
     first_k,
-    ordered,
     per_move,
     product,
     scaled,

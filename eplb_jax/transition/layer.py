@@ -73,7 +73,7 @@ def layer_of(
     pace, capacity = None, topology.num_gpus
     if speed is not None:
         pace = jnp.where(speed > 0, 1 / jnp.where(speed > 0, speed, 1), 0)
-        capacity = reduce(jnp.add, [speed[g] for g in range(topology.num_gpus)])
+        capacity = ordered(speed)
     home = _homes(to_grid(old, topology, num_experts), num_experts)
     one = jnp.ones((), jnp.float32)
     return Layer(units.T.astype(jnp.float32), home, pace, total / capacity, one)
@@ -112,6 +112,11 @@ def share_of(units: Float[Array, "E1 T"], count: Int32[Array, " E1"]) -> Int32[A
     return (units * inverse[:, None]).astype(jnp.int32)
 
 
+def ordered(terms: Array) -> Array:
+    """The sum over the first axis, one term after the other, without a loop."""
+    return reduce(jnp.add, [terms[i] for i in range(len(terms))])
+
+
 def load_times(layer: Layer, plan: Plan) -> Float[Array, "m T"]:
     """The time of every GPU."""
     load = plan.load.astype(jnp.float32)
@@ -125,5 +130,5 @@ def imbalance_of(layer: Layer, plan: Plan) -> Float[Array, ""]:
 
 def relative(layer: Layer, most: Float[Array, "T *k"]) -> Float[Array, "*k"]:
     """The imbalance of plans with these maximum times."""
-    most, level = (reduce(jnp.add, [x[t] for t in range(len(x))]) for x in (most, layer.level))
+    most, level = ordered(most), ordered(layer.level)
     return jnp.where(level > 0, most / jnp.where(level > 0, level, 1), 1) - 1

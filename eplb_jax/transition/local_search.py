@@ -89,7 +89,7 @@ def improve_plan(
     """
     goal = goal._replace(target=jnp.maximum(goal.target, 0))
     begin = partial(_begin, topology=topology)
-    each = Goal(0, None, None)  # pyright: ignore[reportArgumentType]
+    each = Goal(0, 0, None)  # pyright: ignore[reportArgumentType]
     layers, walks = jax.vmap(begin, (0, 0, 0, each, None))(windows, start, old, goal, speed)
     node = topology.node_of_gpu if hierarchical else np.zeros(topology.num_gpus, np.int32)
     pairs, half = pairing(node, rounds)

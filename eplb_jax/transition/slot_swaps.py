@@ -7,14 +7,13 @@ from jaxtyping import Array, Bool, Float, Int32
 from eplb_jax.arrays import along, first_equal, positions_of, take_rows, unfused
 from eplb_jax.packing.exchange import columns
 from eplb_jax.packing.pair_exchange import schedule
-from eplb_jax.transition.layer import Layer, Plan, is_home
+from eplb_jax.transition.layer import Layer, Plan, is_home, ordered
 from eplb_jax.transition.walk import (
     Goal,
     Walk,
     best_prefix,
     excess_of,
     first_k,
-    ordered,
     per_move,
     scaled,
     squared,

@@ -29,7 +29,7 @@ class Goal(NamedTuple):
     """
 
     target: Float[Array, "*L"]
-    max_moves: Int32[Array, ""]
+    max_moves: Int32[Array, "*L"]
     penalty: Float[Array, ""]
 
 
@@ -82,11 +82,6 @@ def scaled(load: Int32[Array, "..."], factor: Array) -> Int32[Array, "..."]:
 def product(x: Array, y: Array) -> Float[Array, "..."]:
     """The product to 23 bits, which no compiler can fuse with an addition."""
     return lax.reduce_precision(x.astype(jnp.float32) * y.astype(jnp.float32), 8, 22)
-
-
-def ordered(terms: Array) -> Array:
-    """The sum over the first axis, one term after the other."""
-    return reduce(jnp.add, [terms[i] for i in range(len(terms))])
 
 
 def sum_over(count: int, term: Callable[[int], Array]) -> Array:
