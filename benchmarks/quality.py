@@ -120,7 +120,7 @@ def main() -> None:
         return
 
     loads = {"DeepSeek-V3-0324": eplb_jax.loads.example()} | drawn_loads()
-    loads |= {path.stem: eplb_jax.loads.read(path) for path in options.load}
+    loads |= {path.stem: eplb_jax.formats.read(path).load for path in options.load}
     table = Table(title=f"gap to the bound, 1e-4, jax {jax.__version__}", title_justify="left")
     for column in ("load", "slots / GPUs", *options.strategies):
         table.add_column(column, justify="left" if column == "load" else "right")

@@ -1,7 +1,8 @@
 """Expert-parallelism load balancing in pure JAX.
 
-The public names are those imported here, and those of `runtime`, `loads`, `metrics` and `traces`;
-everything else is private and changes without notice. Axes are named in `eplb_jax.types`.
+The public names are those imported here, and those of `runtime`, `loads`, `metrics`, `traces` and
+`formats`; everything else is private and changes without notice. Axes are named in
+`eplb_jax.types`.
 
 - `plan` chooses the expert of every physical slot for a `Topology`; `rebalance_experts` is its
   DeepSeek form, `precompile` makes it ready ahead of time. `balanced_packing` and
@@ -13,14 +14,16 @@ everything else is private and changes without notice. Axes are named in `eplb_j
 - `moves` says what leads from one plan to another, `decide` whether it is worth it.
 - `runtime` is for use inside a running model.
 - `loads` has measured loads, `traces` synthetic ones; `replay` plans through a trace.
+- `formats` reads what engines recorded, and reads and writes their maps.
 
 The packages, each of which imports only those before it: `packing` (weighted items to packs;
 it knows no expert), `transition` (plan to plan), `planning` (loads to plans), `evaluation`,
-`runtime`, `cli`.
+`runtime`, `formats`, `cli`.
 """
 
 from importlib.metadata import version as _version
 
+from eplb_jax import formats as formats
 from eplb_jax import runtime as runtime
 from eplb_jax.evaluation import loads as loads
 from eplb_jax.evaluation import metrics as metrics

@@ -1,4 +1,4 @@
-"""Files that are written completely or not at all."""
+"""Files that are written completely or not at all, and arrays that must fit in memory."""
 
 import os
 import stat
@@ -28,3 +28,10 @@ def write_whole(path: str | Path, write: Callable[[BinaryIO], object]) -> None:
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def check_memory(size: int) -> None:
+    """Raise MemoryError if an array of so many bytes is larger than the memory of the machine."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if size > memory:
+        raise MemoryError(f"{size / 1e9:.1f} GB are wanted, and the machine has {memory / 1e9:.1f}")

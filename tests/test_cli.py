@@ -1,8 +1,9 @@
-"""`eplb-jax plan` and `generate`, run in this process."""
+"""`eplb-jax plan` and `generate`, run in this process; and files that commands must not harm."""
 
 import importlib
 import json
 import os
+import threading
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from typer.testing import CliRunner
 
 import eplb_jax
 from eplb_jax import Topology, cli, traces
-from eplb_jax.cli.files import write_whole
+from eplb_jax.files import write_whole
 
 COUNTS = ["--replicas", "16", "--groups", "4", "--nodes", "2", "--gpus", "8"]
 
@@ -42,15 +43,25 @@ def test_plan_prints_writes_and_draws(load, tmp_path, total):
     assert "policy: hierarchical, as 2 nodes divide 4 groups\n" in result.stdout
     assert "planned in" in result.stdout
     written = json.loads(output.read_text())
-    assert set(written) == {
-        *("eplb_jax", "load", "num_replicas", "num_groups", "num_nodes", "num_gpus", "policy"),
-        *("strategy", "seed", "balancedness", "phy2log", "log2phy", "logcnt"),
+    assert written["made"] == {
+        "load": str(load),
+        "num_replicas": 16,
+        "num_groups": 4,
+        "num_nodes": 2,
+        "num_gpus": 8,
+        "policy": "hierarchical",
+        "strategy": "greedy",
+        "seed": 0,
+        "total": total,
+        "eplb_jax": eplb_jax.__version__,
     }
     counts = np.load(load)
     counts = counts.sum(axis=0) if total else counts
     topology = Topology.of_replicas(16, 8, 2, 4)
     plan = eplb_jax.plan(counts, topology, strategy="greedy")
-    assert written["phy2log"] == plan.phy2log.tolist()
+    found = eplb_jax.formats.read_plan(output)
+    np.testing.assert_array_equal(found.phy2log, plan.phy2log)
+    assert (found.topology, found.layers) == (topology, (0, 1, 2))
     assert written["logcnt"] == plan.logcnt.tolist()
     most = int(plan.logcnt.max())
     assert written["log2phy"] == plan.log2phy[:, :, :most].tolist()
@@ -126,6 +137,18 @@ def test_the_seed_decides(load, tmp_path):
             "num_replicas=17 is not a multiple of num_gpus=8; nearest: 16, 24",
         ),
         (["--replicas", 8, "--gpus", 8], "topology has 8 slots for 12 experts; nearest: slots=2"),
+        (["--replicas", 16], "give --replicas and --gpus, or --previous, a plan in place"),
+        (
+            ["--replicas", 16, "--gpus", 8, "--nodes", 3],
+            "num_nodes=3 does not divide num_gpus=8; nearest: 2, 4",
+        ),
+        ([*COUNTS, "--seed", 1 << 70], "--seed=1180591620717411303424 must be from 0 to 2^63 - 1"),
+        ([*COUNTS, "--active", "0-8"], "--active has GPU 8; GPUs are numbered 0 to 7"),
+        ([*COUNTS, "--active", "all"], "--active='all' is not a list of numbers such as 0-5,7"),
+        ([*COUNTS, "--layers", "3-6"], "--layers=3-6 has 4 numbers for 3 layers"),
+        ([*COUNTS, "--to", "torch"], "--to=torch cannot be written; choose one of: eplb-jax"),
+        ([*COUNTS, "-o", "plan.png"], "plan.png: the suffix '.png' names no format of plans"),
+        ([*COUNTS, "--plot", "plan.txt"], "plan.txt: unknown kind of picture; use one of: .png"),
         (
             [*COUNTS, "--strategy", "fastest"],
             "strategy='fastest' is not known; choose one of: auto, fast",
@@ -151,7 +174,7 @@ def test_unusable_load(tmp_path):
     bad.write_text("1,2,3,4\n1,nan,3,4\n")
     result = run(bad, "--replicas", 8, "--gpus", 2)
     assert result.exit_code == 2
-    assert "at layer 1, expert 1 is nan" in result.stderr
+    assert "layer 1, expert 1 is nan" in result.stderr
 
 
 def test_debug_shows_where_an_error_comes_from(tmp_path):
@@ -184,6 +207,40 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     assert os.listdir(tmp_path) == ["plan.json"]
 
 
+@pytest.mark.parametrize("option", ["-o", "--json", "--plot"])
+def test_an_input_is_not_overwritten(load, tmp_path, option):
+    before = load.read_bytes()
+    (tmp_path / "link.json").symlink_to(load)
+    (tmp_path / "link.png").symlink_to(load)
+    for path in (load, tmp_path / f"link.{'png' if option == '--plot' else 'json'}"):
+        result = run(load, *COUNTS, option, path)
+        assert result.exit_code == 2
+        assert "is read and would be overwritten" in result.stderr
+    assert load.read_bytes() == before
+
+
+def test_links_and_pipes_stay_what_they_are(load, tmp_path):
+    target, link, pipe = (tmp_path / name for name in ("target.json", "link.json", "pipe.json"))
+    target.write_text("old")
+    target.chmod(0o600)
+    link.symlink_to(target.name)
+    options = [*COUNTS, "--strategy", "greedy"]
+    assert run(load, *options, "-o", link).exit_code == 0
+    assert link.is_symlink()
+    assert target.stat().st_mode & 0o777 == 0o600
+    os.mkfifo(pipe)
+    received = []
+    reader = threading.Thread(target=lambda: received.append(pipe.read_text()))
+    reader.start()
+    assert run(load, *options, "-o", pipe).exit_code == 0
+    reader.join(10)
+    assert pipe.is_fifo()
+    result = run(load, *options, "-o", "-")
+    assert received == [result.stdout.rstrip("\n")] == [target.read_text()]
+    assert "balancedness" in result.stderr
+    assert not os.path.exists("-")
+
+
 def test_a_bundled_load_by_its_name():
     result = run("gpt_oss_20b", "--replicas", 32, "--gpus", 32, "--strategy", "greedy")
     assert result.exit_code == 0, result.output
@@ -197,7 +254,7 @@ def test_generate_writes_a_trace(tmp_path, name):
     draws = ["--top-k", 2, "--skew", 0.5, "--change", 0.2, "--seed", 3]
     result = invoke("generate", "drift", "-o", path, *sizes, *draws)
     assert result.exit_code == 0, result.output
-    load = eplb_jax.loads.read(path)
+    load = eplb_jax.formats.read(path).load
     options = {"tokens": 64, "top_k": 2, "skew": 0.5, "change": 0.2, "num_gpus": 4, "seed": 3}
     np.testing.assert_array_equal(load, traces.generate("drift", 4, 2, 8, **options))
     gpus = load.reshape(4, 2, 4, 2).sum(axis=3)
@@ -211,10 +268,13 @@ def test_generate_writes_a_trace(tmp_path, name):
     [
         ("drift", "trace.csv", "trace.csv: unknown kind of file; use one of: .npz, .npy"),
         ("wave", "trace.npy", "kind='wave' is not known; choose one of: stationary, drift"),
+        ("large", "trace.npy", "25600.0 GB are wanted, and the machine has"),
     ],
 )
 def test_unusable_arguments_of_generate(tmp_path, kind, name, message):
     sizes = ["--windows", 4, "--layers", 2, "--experts", 8]
+    if kind == "large":
+        kind, sizes = "drift", ["--windows", 10**6, "--layers", 100, "--experts", 8000]
     result = invoke("generate", kind, "-o", tmp_path / name, *sizes)
     assert result.exit_code == 2
     assert message in result.stderr

@@ -159,7 +159,7 @@ def test_simulation_is_drawn_and_json_goes_to_stdout(trace, tmp_path):
         (["--no-keep", "--max-moves", 3], "max_moves=3 needs keep=True"),
         (["--no-keep", "--move-penalty", 0.1], "move_penalty=0.1 needs keep=True"),
         (["--move-penalty", -1], "move_penalty=-1.0 must be finite and not negative"),
-        (["--plot", "plot.doc"], "plot.doc: unknown kind of picture; use .png, .svg or .pdf"),
+        (["--plot", "plot.doc"], "plot.doc: unknown kind of picture; use one of: .png, .svg"),
         (["--json", "/no/such/folder/out.json"], "the folder /no/such/folder does not exist"),
     ],
 )
@@ -176,4 +176,4 @@ def test_a_load_without_windows_is_no_trace(tmp_path):
     path.write_text("1,2,3,4\n")
     result = simulate(path)
     assert result.exit_code == 2
-    assert "load.csv has the shape (1, 4); a trace is [windows, layers, experts]" in result.stderr
+    assert "load.csv has one window, of the shape (1, 4); a trace is [windows" in result.stderr

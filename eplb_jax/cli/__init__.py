@@ -1,4 +1,4 @@
-"""The command line: `eplb-jax plan`, `simulate` and `generate`. Needs the extra `cli`."""
+"""The command line, `eplb-jax`: one module for every command. Needs the extra `cli`."""
 
 import sys
 from typing import Annotated, Any
@@ -10,7 +10,11 @@ try:
 except ModuleNotFoundError as error:
     sys.exit(f"eplb-jax: {error.name} is missing; install it with: pip install 'eplb-jax[cli]'")
 
+from eplb_jax.cli.balance import balance
+from eplb_jax.cli.convert import convert
+from eplb_jax.cli.decide import decide
 from eplb_jax.cli.generate import generate
+from eplb_jax.cli.moves import moves
 from eplb_jax.cli.plan import plan
 from eplb_jax.cli.simulate import simulate
 
@@ -21,7 +25,7 @@ class _Commands(TyperGroup):
     def invoke(self, ctx: Any) -> object:
         try:
             return super().invoke(ctx)
-        except (ValueError, OverflowError, OSError) as error:
+        except (ValueError, OverflowError, MemoryError, OSError) as error:
             if ctx.params["debug"]:
                 raise
             typer.echo(f"eplb-jax: error: {error}", err=True)
@@ -44,5 +48,5 @@ def _options(
     """Balance the experts of mixture-of-experts models over GPUs."""
 
 
-for _command in (plan, simulate, generate):
+for _command in (plan, moves, decide, balance, convert, simulate, generate):
     main.command()(_command)

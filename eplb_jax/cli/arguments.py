@@ -6,23 +6,76 @@ from typing import Annotated, get_args
 import numpy as np
 from typer import Argument, Option
 
+from eplb_jax import formats
 from eplb_jax.evaluation import loads
 from eplb_jax.planning.policy import Policy
 
-FILES = f"a .npz, .npy, .json or .csv file, 'example', or one of: {', '.join(loads.EXAMPLES)}"
+FILES = f"a file or folder of a known format, 'example', or one of: {', '.join(loads.EXAMPLES)}"
 SHAPES = "[layers, experts], or [windows, layers, experts] with the oldest window first"
+WRITTEN = ", ".join(name for name, x in formats.FORMATS.items() if x.write_plan is not None)
 
 Load = Annotated[str, Argument(metavar="LOAD", help=f"Measured loads, {SHAPES}: {FILES}.")]
-Replicas = Annotated[int, Option("--replicas", help="Physical slots of a layer, over all GPUs.")]
-Gpus = Annotated[int, Option("--gpus", help="GPUs, over all nodes.")]
+LoadFormat = Annotated[
+    str | None,
+    Option("--format", help=f"Format of LOAD, if it is not clear: {', '.join(formats.FORMATS)}."),
+]
+_REPLICAS = Option("--replicas", help="Physical slots of a layer, over all GPUs.")
+_GPUS = Option("--gpus", help="GPUs, over all nodes.")
+Replicas = Annotated[int, _REPLICAS]
+Gpus = Annotated[int, _GPUS]
+MaybeReplicas = Annotated[int | None, _REPLICAS]
+MaybeGpus = Annotated[int | None, _GPUS]
 Groups = Annotated[int, Option("--groups", help="Groups of experts.")]
 Nodes = Annotated[int, Option("--nodes", help="Nodes.")]
 Plot = Annotated[Path | None, Option(help="Picture of GPU loads to write (.png, .svg, .pdf).")]
 PolicyName = Annotated[str, Option(help=f"One of: {', '.join(get_args(Policy))}.")]
+Json = Annotated[
+    Path | None, Option("--json", help="File to write all numbers to; - for standard output.")
+]
+To = Annotated[
+    str | None,
+    Option("--to", help=f"Format of the plan that is written: {WRITTEN}. Default: by its suffix."),
+]
+Layers = Annotated[
+    str | None,
+    Option(help="Numbers of the MoE layers in the model, such as 3-60; replaces LOAD's."),
+]
+ModelLayers = Annotated[
+    int | None, Option(help="All layers of the model, with dense ones, for SGLang's maps.")
+]
 
 
-def read(name: str) -> np.ndarray:
-    """The bundled loads of that name, or those in a file."""
-    if name == "example":
-        return loads.example()
-    return loads.example(name) if name in loads.EXAMPLES else loads.read(name)
+def numbers_in(name: str, text: str) -> list[int]:
+    """The numbers of a list of ranges, such as 0-5,7.
+
+    Raises:
+        ValueError: It is no such list.
+    """
+    numbers: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdecimal() or (dash and not last.isdecimal()):
+            raise ValueError(f"{name}={text!r} is not a list of numbers such as 0-5,7")
+        numbers += range(int(first), int(last or first) + 1)
+    return numbers
+
+
+def check_seed(seed: int) -> None:
+    """Raise ValueError unless JAX can begin with this seed."""
+    if not 0 <= seed < 2**63:
+        nearest = 0 if seed < 0 else 2**63 - 1
+        raise ValueError(f"--seed={seed} must be from 0 to 2^63 - 1; nearest: {nearest}")
+
+
+def active_gpus(text: str | None, num_gpus: int) -> np.ndarray | None:
+    """Whether every GPU is alive, from a list of those that are; None without a list.
+
+    Raises:
+        ValueError: It is no list, or has a GPU that there is not.
+    """
+    if text is None:
+        return None
+    alive = numbers_in("--active", text)
+    if max(alive) >= num_gpus:
+        raise ValueError(f"--active has GPU {max(alive)}; GPUs are numbered 0 to {num_gpus - 1}")
+    return np.isin(np.arange(num_gpus), alive)

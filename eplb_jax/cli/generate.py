@@ -6,8 +6,9 @@ from typing import Annotated, get_args
 import numpy as np
 from typer import Argument, Context, Option, echo
 
-from eplb_jax.cli.files import check_writable, write_whole
+from eplb_jax.cli.files import check_writable
 from eplb_jax.evaluation import traces
+from eplb_jax.files import write_whole
 
 KINDS = ", ".join(get_args(traces.Kind))
 

@@ -1,17 +1,27 @@
 """`eplb-jax simulate`: a trace replayed under several strategies."""
 
 from functools import partial
-from pathlib import Path
 from typing import Annotated, cast
 
 import numpy as np
 from rich.console import Console
 from rich.progress import Progress
-from typer import Context, Option, echo
+from typer import Context, Option
 
 from eplb_jax.checks import as_count
-from eplb_jax.cli.arguments import Gpus, Groups, Load, Nodes, Plot, PolicyName, Replicas, read
-from eplb_jax.cli.files import check_drawable, check_writable, write_figure, write_whole
+from eplb_jax.cli import inputs
+from eplb_jax.cli.arguments import (
+    Gpus,
+    Groups,
+    Json,
+    Load,
+    LoadFormat,
+    Nodes,
+    Plot,
+    PolicyName,
+    Replicas,
+)
+from eplb_jax.cli.files import STDOUT, check_drawable, check_writable, write_bytes, write_figure
 from eplb_jax.cli.report import report, table
 from eplb_jax.evaluation.replay import (
     plan_from_history,
@@ -57,19 +67,18 @@ def simulate(
     ] = None,
     move_penalty: Annotated[float | None, Option(help="Imbalance that a move must gain.")] = None,
     shuffle: Annotated[int | None, Option(metavar="SEED", help="Shuffle the windows.")] = None,
+    format: LoadFormat = None,
     plot: Plot = None,
-    json_file: Annotated[
-        Path | None, Option("--json", help="File to write all numbers to; - for stdout.")
-    ] = None,
+    json_file: Json = None,
 ) -> None:
     """Replay a trace: plan from what was seen, and measure each plan on the following windows."""
-    to_stdout = json_file == Path("-")
-    check_writable(None if to_stdout else json_file)
-    check_drawable(plot)
-    counts = read(trace)
-    if counts.ndim != 3:
+    check_writable(json_file, (trace,))
+    check_drawable(plot, (trace,))
+    counts = inputs.read_loads(trace, format).load
+    if len(counts) == 1:
         raise ValueError(
-            f"{trace} has the shape {counts.shape}; a trace is [windows, layers, experts]"
+            f"{trace} has one window, of the shape {counts.shape[1:]}; "
+            "a trace is [windows, layers, experts]"
         )
     order = np.arange(len(counts))
     if shuffle is not None:
@@ -106,13 +115,10 @@ def simulate(
     results[NO_BALANCER] = none
     arguments = {k: v for k, v in ctx.params.items() if k not in ("plot", "json_file")}
     arguments["strategy"] = names
-    Console(stderr=to_stdout).print(table(results, arguments, counts.shape))
+    Console(stderr=json_file == STDOUT).print(table(results, arguments, counts.shape))
     if json_file is not None:
         text = report(results, arguments, counts.shape, order[window:])
-        if to_stdout:
-            echo(text)
-        else:
-            write_whole(json_file, lambda file: file.write(text.encode()))
+        write_bytes(json_file, text.encode())
     if plot is not None:
         from eplb_jax.cli.picture import picture_of_replays
 

@@ -1,10 +1,6 @@
-"""Measured loads: the bundled traces, and files of loads."""
+"""The bundled traces: measured loads of real models."""
 
-import csv
-import json
-import zipfile
 from importlib import resources
-from pathlib import Path
 
 import numpy as np
 from jaxtyping import Int64
@@ -50,69 +46,3 @@ def example(name: str = "deepseek_v3_0324") -> Int64[np.ndarray, "T L E"]:
     source = resources.files("eplb_jax.evaluation").joinpath("data", f"{name}.npz")
     with source.open("rb") as file, np.load(file) as data:
         return data["load"].astype(np.int64)
-
-
-def read(path: str | Path) -> np.ndarray:
-    """The loads in a file, [L, E] or [T, L, E].
-
-    Args:
-        path: A .npz file (the array named `load`, or its only array), a .npy file, a .json file
-            (nested lists, or an object with them under `load`), or a .csv file of L lines
-            with E numbers each.
-
-    Returns:
-        The array as stored.
-
-    Raises:
-        ValueError: The file cannot be read, or does not hold loads.
-
-    Example:
-        >>> read("load.csv").shape  # doctest: +SKIP
-        (58, 256)
-    """
-    path = Path(path)
-    readers = {".npz": _read_npz, ".npy": _read_npy, ".json": _read_json, ".csv": _read_csv}
-    if path.suffix not in readers:
-        raise ValueError(f"{path}: unknown kind of file; use one of: {', '.join(readers)}")
-    try:
-        load = readers[path.suffix](path)
-    except OSError as error:
-        raise ValueError(f"{path}: {error.strerror or error}") from error
-    except (ValueError, EOFError, zipfile.BadZipFile, csv.Error) as error:
-        raise ValueError(f"{path}: not a readable {path.suffix} file of loads: {error}") from error
-    if load.dtype.kind not in "iuf" or load.ndim not in (2, 3) or load.size == 0:
-        raise ValueError(
-            f"{path}: expected numbers of the shape [layers, experts] or "
-            f"[windows, layers, experts], got {load.dtype} of the shape {load.shape}"
-        )
-    return load
-
-
-def _read_npz(path: Path) -> np.ndarray:
-    with path.open("rb") as file, np.load(file) as data:
-        if "load" not in data and len(data.files) != 1:
-            raise ValueError(f"no array is named 'load' among {', '.join(data.files) or 'none'}")
-        return data["load" if "load" in data else data.files[0]]
-
-
-def _read_npy(path: Path) -> np.ndarray:
-    with path.open("rb") as file:
-        array = np.load(file)
-    if not isinstance(array, np.ndarray):
-        raise ValueError("it holds several arrays")
-    return array
-
-
-def _read_json(path: Path) -> np.ndarray:
-    data = json.loads(path.read_text(encoding="utf-8"))
-    if isinstance(data, dict):
-        if "load" not in data:
-            raise ValueError(f"no 'load' among {', '.join(data) or 'none'}")
-        data = data["load"]
-    return np.asarray(data)
-
-
-def _read_csv(path: Path) -> np.ndarray:
-    with path.open(newline="", encoding="utf-8") as file:
-        rows = [[float(x) for x in row] for row in csv.reader(file) if row]
-    return np.asarray(rows)

@@ -4,16 +4,19 @@ For tests, and for comparisons that need a skew or a change that no measured tra
 """
 
 from collections.abc import Callable
+from math import prod
 from typing import Literal, NamedTuple, SupportsFloat, SupportsIndex, get_args
 
 import numpy as np
 from jaxtyping import Float, Int64
 
 from eplb_jax.checks import as_count, as_number, check_divides
+from eplb_jax.files import check_memory
 
 Kind = Literal["stationary", "drift", "topics", "bursts"]
 
 _CHANGE = {"drift": 0.1, "topics": 0.1, "bursts": 0.2}  # default of `change`
+_ARRAYS = 4  # as large as the trace, that are held at a time
 _MAX_SKEW = 64  # far beyond it each expert's load is negligible beside the next larger one
 _MIN_LOG = -600.0  # minimum log popularity relative to the largest, so that no share is zero
 
@@ -95,6 +98,7 @@ def generate(
         TypeError: An argument is not a number.
         ValueError: The kind is not known, a number is out of range, or the balancedness cannot be
             reached: sampling noise and change limit it from above, `top_k` from below.
+        MemoryError: The trace does not fit in the memory of the machine.
 
     Example:
         >>> trace = generate("drift", 3, 2, 16, tokens=100, top_k=4, skew=0.5)
@@ -108,6 +112,7 @@ def generate(
         raise ValueError(f"kind={kind!r} is not known; choose one of: {known}")
     experts = as_count("num_experts", num_experts)
     shape = as_count("num_windows", num_windows), as_count("num_layers", num_layers), experts
+    check_memory(_ARRAYS * 8 * prod(shape))
     top_k, tokens = as_count("top_k", top_k), as_count("tokens", tokens)
     if top_k > experts:
         raise ValueError(f"top_k={top_k} is more than num_experts={experts}; nearest: {experts}")

@@ -23,15 +23,18 @@ def _is_array(source: Source) -> bool:
 
 
 def _read_array(source: Source) -> Recording:
-    content = source.content
+    content, layers, phases = source.content, None, ()
     if source.kind == "npz":
+        layers, phases = content.get("layers"), tuple(map(str, content.get("phases", ())))
         if "load" not in content and len(content) != 1:
             raise ValueError(f"no array is named 'load' among {', '.join(content)}")
         content = content["load"] if "load" in content else next(iter(content.values()))
     elif isinstance(content, dict):
         content = content["load"]
     load = np.asarray(content)
-    return Recording(load, numbered(load.shape[-2] if load.ndim > 1 else 0))
+    if layers is None:
+        layers = numbered(load.shape[-2] if load.ndim > 1 else 0)
+    return Recording(load, tuple(int(x) for x in layers), phases)
 
 
 def _is_triples(source: Source) -> bool:

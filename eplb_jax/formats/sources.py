@@ -6,13 +6,16 @@ import json
 import pickle
 import re
 import stat
+import warnings
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, Literal
 
 import numpy as np
+
+from eplb_jax.files import check_memory
 
 Kind = Literal["folder", "json", "jsonl", "npz", "npy", "torch", "yaml", "table", "text"]
 
@@ -128,19 +131,18 @@ def _parse_text(path: Path, text: str) -> Source:
 def _read_npz(archive: zipfile.ZipFile) -> dict[str, np.ndarray]:
     arrays = {}
     for entry in archive.infolist():
-        with archive.open(entry) as file:
-            data = io.BytesIO(file.read())
         name = entry.filename.removesuffix(".npy")
-        try:
-            arrays[name] = _read_npy(data, entry.file_size)
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from error
+        with archive.open(entry) as file:
+            try:
+                arrays[name] = _read_npy(file, entry.file_size)
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from error
     if not arrays:
         raise ValueError("it holds no array")
     return arrays
 
 
-def _read_npy(file: BinaryIO, size: int) -> Any:
+def _read_npy(file: Any, size: int) -> Any:
     """The array in a file of so many bytes, whose header may promise more than the file has."""
     version = np.lib.format.read_magic(file)
     read_header = (
@@ -156,6 +158,7 @@ def _read_npy(file: BinaryIO, size: int) -> Any:
     promised = dtype.itemsize * int(np.prod(shape, dtype=object))
     if promised > size:
         raise ValueError(f"its header promises {promised} bytes, but it has {size}")
+    check_memory(promised)
     file.seek(0)
     return np.load(file, allow_pickle=False)
 
@@ -177,7 +180,8 @@ def _read_torch(path: Path) -> Any:
     except ModuleNotFoundError:
         raise ValueError(f"reading {path.name} needs torch: pip install torch") from None
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # of old versions of pickle
+            return torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, pickle.UnpicklingError) as error:
         raise ValueError(str(error).splitlines()[0]) from error
 

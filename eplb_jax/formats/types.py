@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Int, Int32
+from jaxtyping import Int
 
 from eplb_jax.formats.sources import Source
 from eplb_jax.types import Topology
@@ -25,10 +25,10 @@ class Recording(NamedTuple):
         notes: What the reader left out or assumed, one sentence each.
     """
 
-    load: Int[np.ndarray, "T L E"] | Float[np.ndarray, "T L E"]
+    load: np.ndarray
     layers: tuple[int, ...]
     phases: tuple[str, ...] = ()
-    phy2log: Int32[np.ndarray, "L R"] | None = None
+    phy2log: Int[np.ndarray, "L R"] | None = None
     num_gpus: int | None = None
     num_layers: int | None = None
     format: str = ""
@@ -48,7 +48,7 @@ class PlanFile(NamedTuple):
         notes: What the reader left out or assumed, one sentence each.
     """
 
-    phy2log: Int32[np.ndarray, "L R"]
+    phy2log: Int[np.ndarray, "L R"]
     layers: tuple[int, ...]
     num_experts: int
     topology: Topology | None = None

@@ -1,8 +1,8 @@
 """Histories in files: a service restarts with what it knew."""
 
-import os
 import zipfile
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import tree_leaves_with_path
 
+from eplb_jax.files import write_whole
 from eplb_jax.planning.history import History, empty_history
 
 _FORMAT = 1
@@ -34,14 +35,7 @@ def save_tree(path: str | Path, tree: Any) -> None:
     """Write a pytree of named tuples to one .npz file, completely or not at all."""
     arrays: dict[str, Any] = {"version": np.int32(_FORMAT)}
     arrays |= {"/".join(_names(key)): np.asarray(x) for key, x in tree_leaves_with_path(tree)}
-    path = Path(path)
-    part = path.absolute().with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with part.open("wb") as file:
-            np.savez_compressed(file, **arrays)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+    write_whole(path, partial(np.savez_compressed, **arrays))
 
 
 def load_history(path: str | Path) -> History:

@@ -1,0 +1,166 @@
+"""Loads and plans that commands read, and how the layers of one are found in the other."""
+
+from typing import NamedTuple
+
+import numpy as np
+import typer
+
+from eplb_jax import formats
+from eplb_jax.cli.arguments import numbers_in
+from eplb_jax.evaluation import loads
+from eplb_jax.formats import PlanFile, Recording
+from eplb_jax.planning.plan import plan as make_plan
+from eplb_jax.types import Topology
+
+
+def read_loads(name: str, format: str | None = None, layers: str | None = None) -> Recording:
+    """The bundled loads of that name, or those in a file; what is noteworthy goes to stderr."""
+    if name == "example" or name in loads.EXAMPLES:
+        if format is not None:
+            raise ValueError(f"--format={format} is for files; {name} is bundled")
+        load = loads.example() if name == "example" else loads.example(name)
+        found = Recording(load, tuple(range(load.shape[1])))
+    else:
+        found = formats.read(name, format)
+        warn(f"{name} ({found.format})", found.notes)
+    if layers is not None:
+        found = found._replace(layers=layer_numbers(layers, found.load.shape[1]))
+    return found
+
+
+def read_plan(
+    name: str,
+    num_gpus: int | None = None,
+    num_nodes: int = 1,
+    num_groups: int = 1,
+    *,
+    format: str | None = None,
+    num_experts: int | None = None,
+) -> PlanFile:
+    """The plan in a file, with its topology: that of the file, or so many equal GPUs.
+
+    Raises:
+        ValueError: The file does not say how many GPUs there are, and neither does num_gpus; or
+            they differ.
+    """
+    found = formats.read_plan(name, format)
+    warn(f"{name} ({found.format})", found.notes)
+    num_slots, known = found.phy2log.shape[1], found.topology
+    if known is not None and num_gpus not in (None, known.num_gpus):
+        raise ValueError(f"--gpus={num_gpus}, but the plan in {name} is for {known.num_gpus}")
+    if known is not None and num_nodes in (1, known.num_nodes):
+        return found
+    num_gpus = known.num_gpus if known is not None else num_gpus
+    if num_gpus is None:
+        raise ValueError(f"{name} does not say how many GPUs its {num_slots} slots are on: --gpus")
+    return found._replace(topology=Topology.of_replicas(num_slots, num_gpus, num_nodes, num_groups))
+
+
+def topology_of(plan: PlanFile) -> Topology:
+    """The topology of a plan that `read_plan` has read."""
+    assert plan.topology is not None
+    return plan.topology
+
+
+def warn(name: str, notes: tuple[str, ...]) -> None:
+    """Notes on what was read, on stderr."""
+    for note in notes:
+        typer.echo(f"eplb-jax: {name}: {note}", err=True)
+
+
+class Aligned(NamedTuple):
+    """Loads and a plan of the same layers, with the number of every layer."""
+
+    load: np.ndarray  # [T, L, E]
+    phy2log: np.ndarray  # [L, R]
+    layers: tuple[int, ...]
+
+
+def same_layers(recording: Recording, plan: PlanFile, name: str) -> Aligned:
+    """The loads and the plan of the layers that both have.
+
+    Raises:
+        ValueError: They have no layer in common, or not the same experts.
+    """
+    if recording.load.shape[2] != plan.num_experts:
+        raise ValueError(
+            f"{name} has {plan.num_experts} experts, but the loads have {recording.load.shape[2]}"
+        )
+    both = [x for x in recording.layers if x in set(plan.layers)]
+    if not both:
+        raise ValueError(
+            f"{name} has layers {_few(plan.layers)}, and the loads have {_few(recording.layers)}; "
+            "--layers gives the loads other numbers"
+        )
+    only = [x for x in plan.layers if x not in set(both)]
+    extra = [x for x in recording.layers if x not in set(both)]
+    notes = (f"no load for its layers {_few(only)}",) if only else ()
+    notes += (f"no plan for the layers {_few(extra)} of the loads",) if extra else ()
+    warn(name, notes)
+    of_load = [recording.layers.index(x) for x in both]
+    of_plan = [plan.layers.index(x) for x in both]
+    return Aligned(recording.load[:, of_load], plan.phy2log[of_plan], tuple(both))
+
+
+def all_layers(recording: Recording, plan: PlanFile, name: str) -> Aligned:
+    """The loads and the plan of the layers that either has.
+
+    A layer that has no load keeps its plan; one that has no plan gets a new one.
+
+    Raises:
+        ValueError: They have no layer in common, or not the same experts.
+    """
+    same_layers(recording, plan, name)
+    layers = tuple(sorted({*recording.layers, *plan.layers}))
+    load = np.zeros((len(recording.load), len(layers), plan.num_experts), recording.load.dtype)
+    load[:, [layers.index(x) for x in recording.layers]] = recording.load
+    phy2log = np.zeros((len(layers), plan.phy2log.shape[1]), np.int32)
+    phy2log[[layers.index(x) for x in plan.layers]] = plan.phy2log
+    new = [layers.index(x) for x in layers if x not in set(plan.layers)]
+    if new:
+        phy2log[new] = make_plan(load[:, new], topology_of(plan)).phy2log
+    return Aligned(load, phy2log, layers)
+
+
+def two_plans(
+    old: str, new: str, num_gpus: int | None, num_nodes: int
+) -> tuple[PlanFile, PlanFile, tuple[int, ...]]:
+    """Two plans of the same slots, cut to the layers that both have, and their numbers.
+
+    A plan that does not say how many GPUs there are is taken to be for those of the other one.
+
+    Raises:
+        ValueError: They are for other layers, slots or GPUs.
+    """
+    known = [formats.read_plan(name).topology for name in (old, new)]
+    first = next((x for x in known if x is not None), None)
+    if first is not None and num_gpus is None:
+        num_gpus = first.num_gpus
+        num_nodes = first.num_nodes if num_nodes == 1 else num_nodes
+    before, after = (read_plan(name, num_gpus, num_nodes) for name in (old, new))
+    if before.phy2log.shape[1] != after.phy2log.shape[1]:
+        raise ValueError(
+            f"{old} has {before.phy2log.shape[1]} slots and {new} has {after.phy2log.shape[1]}; "
+            "moves are between plans of the same slots"
+        )
+    both = tuple(x for x in after.layers if x in set(before.layers))
+    if not both:
+        raise ValueError(f"{old} has layers {_few(before.layers)}, {new} {_few(after.layers)}")
+    cut = [
+        x._replace(phy2log=x.phy2log[[x.layers.index(i) for i in both]], layers=both)
+        for x in (before, after)
+    ]
+    return cut[0], cut[1], both
+
+
+def layer_numbers(text: str, count: int) -> tuple[int, ...]:
+    """The numbers of `--layers` for so many layers."""
+    numbers = tuple(numbers_in("--layers", text))
+    if len(numbers) != count or len(set(numbers)) != count:
+        raise ValueError(f"--layers={text} has {len(set(numbers))} numbers for {count} layers")
+    return numbers
+
+
+def _few(layers: object) -> str:
+    numbers = [str(x) for x in layers]  # pyright: ignore[reportGeneralTypeIssues]
+    return ", ".join(numbers if len(numbers) < 9 else [*numbers[:4], "...", numbers[-1]])

@@ -1,0 +1,163 @@
+"""Commands that read plans: `plan --previous`, `moves`, `decide`, `balance`, `convert`."""
+
+import json
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+import eplb_jax
+from eplb_jax import Topology, cli, formats
+from eplb_jax.formats import PlanFile
+
+LAYERS, EXPERTS, TOPOLOGY = (2, 3, 5), 12, Topology(4, slots=4, num_nodes=2)
+LOAD = np.random.default_rng(0).lognormal(0, 1, (4, 3, EXPERTS)).round(3) * 1000
+
+
+def run(*arguments):
+    result = CliRunner().invoke(cli.main, [*map(str, arguments)])
+    assert result.exit_code == 0, result.stderr
+    return result
+
+
+def error(*arguments):
+    result = CliRunner().invoke(cli.main, [*map(str, arguments)])
+    assert result.exit_code == 2, result.output
+    assert result.stderr.splitlines()[-1].startswith("eplb-jax: error: ")
+    return result.stderr
+
+
+@pytest.fixture(scope="module")
+def old():
+    return eplb_jax.plan(LOAD[0], TOPOLOGY, strategy="greedy", policy="global")
+
+
+@pytest.fixture
+def files(tmp_path, monkeypatch, old):
+    """load.npz with layer numbers, and old.json, a plan for its first window."""
+    monkeypatch.chdir(tmp_path)
+    np.savez("load.npz", load=LOAD, layers=LAYERS)
+    write("old.json", np.asarray(old.phy2log))
+    return tmp_path
+
+
+def write(name, phy2log, layers=LAYERS):
+    with open(name, "wb") as file:
+        plan = PlanFile(phy2log, layers, EXPERTS, TOPOLOGY)
+        file.write(formats.write_plan(plan, "eplb-jax"))
+
+
+def test_the_next_plan_starts_from_the_one_in_place(files, old):
+    run("plan", "load.npz", "--previous", "old.json", "--max-moves", 2, "-o", "new.json")
+    new = formats.read_plan("new.json")
+    expected = eplb_jax.plan(LOAD, TOPOLOGY, policy="global", previous=old, max_moves=2)
+    np.testing.assert_array_equal(new.phy2log, expected.phy2log)
+    assert (new.layers, new.topology) == (LAYERS, TOPOLOGY)
+    result = run("moves", "old.json", "new.json", "--bytes-per-expert", 10, "--json", "-")
+    told = json.loads(result.stdout)
+    transfers = eplb_jax.moves(old, new.phy2log, TOPOLOGY)
+    assert told["received_bytes"] == (10 * transfers.received.sum(axis=0)).tolist()
+    assert told["sent_bytes"] == (10 * transfers.sent.sum(axis=0)).tolist()
+    weights = np.asarray(old.phy2log).copy()
+    for move in told["moves"]:  # what an engine does with the list
+        layer = LAYERS.index(move["layer"])
+        assert old.phy2log[layer, move["from_slot"]] == move["expert"]
+        weights[layer, move["slot"]] = move["expert"]
+    np.testing.assert_array_equal(weights, new.phy2log)
+    assert f"{len(told['moves']) / 48:.1%} of 48 slots change" in result.stderr
+    listed = run("moves", "old.json", "new.json", "--list").stdout.splitlines()
+    assert len(listed[listed.index("layer,slot,expert,from_slot,reach") :]) == 1 + len(
+        told["moves"]
+    )
+
+
+def test_dead_gpus_and_layers_that_only_one_side_has(files, old):
+    write("old.json", np.asarray(old.phy2log)[:2], LAYERS[:2])
+    options = ["--strategy", "fast", "-o", "new.json"]
+    result = run("plan", "load.npz", "--previous", "old.json", "--active", "0,2-3", *options)
+    new = formats.read_plan("new.json")
+    assert new.layers == LAYERS
+    assert np.all(new.phy2log[:, 4:8] == -1)
+    assert all(set(range(EXPERTS)) <= set(x) for x in new.phy2log)
+    assert "no plan for the layers 5 of the loads" in result.stderr
+    told = json.loads(
+        run("moves", "old.json", "new.json", "--active", "0,2,3", "--json", "-").stdout
+    )
+    assert told["layers"] == [2, 3]
+    for move in told["moves"]:
+        assert not 4 <= move["from_slot"] < 8
+        assert (move["reach"] == "storage") == (move["from_slot"] == -1)
+    # A layer of which nothing was seen keeps its plan.
+    np.savez("load.npz", load=LOAD[:, 1:], layers=LAYERS[1:])
+    write("old.json", np.asarray(old.phy2log))
+    run("plan", "load.npz", "--previous", "old.json", *options)
+    new = formats.read_plan("new.json")
+    assert new.layers == LAYERS
+    np.testing.assert_array_equal(new.phy2log[0], old.phy2log[0])
+
+
+def test_decide_judges_as_the_function_does(files, old):
+    new = eplb_jax.plan(LOAD, TOPOLOGY, policy="global", strategy="greedy")
+    write("new.json", np.asarray(new.phy2log))
+    costs = {"bytes_per_expert": 1000, "bandwidth": 1e6, "seconds_per_token": 1e-3, "serves": 10}
+    options = [x for k, v in costs.items() for x in (f"--{k.replace('_', '-')}", v)]
+    told = run("decide", "load.npz", "old.json", "new.json", *options, "--json", "-")
+    answer = eplb_jax.decide(LOAD, old, new, TOPOLOGY, **costs)
+    content = json.loads(told.stdout)
+    assert content["action"] == answer.action
+    assert told.stderr.startswith(f"{answer.action}: ")
+    assert content["gain"] == pytest.approx(answer.gain)
+    assert content["cost"] == pytest.approx(answer.cost)
+    assert content["order"] == [LAYERS[x] for x in answer.order]
+
+
+def test_balance_of_a_plan_and_without(files, old):
+    told = run("balance", "load.npz", "--plan", "old.json", "--top", 2, "--json", "-")
+    content = json.loads(told.stdout)
+    balance = eplb_jax.metrics.balance(LOAD, old, TOPOLOGY)
+    by_layer = np.asarray(balance.imbalance).mean(axis=0)
+    np.testing.assert_allclose(content["imbalance"], by_layer, rtol=1e-6)
+    np.testing.assert_allclose(content["gpu_load"], np.mean(balance.gpu_load, axis=0), rtol=1e-6)
+    assert content["balancedness"] == pytest.approx(float(balance.mean_balancedness))
+    most = np.asarray(balance.gpu_load).argmax(axis=2)
+    np.testing.assert_allclose(content["most_loaded"], np.bincount(most.ravel(), minlength=4) / 12)
+    share = LOAD.sum(axis=0) / LOAD.sum(axis=(0, 2))[:, None]
+    layer, expert = np.unravel_index(share.argmax(), share.shape)
+    assert content["hottest_experts"][0]["layer"] == LAYERS[layer]
+    assert content["hottest_experts"][0]["expert"] == expert
+    assert len(content["hottest_experts"]) == 2
+    assert f"│ {LAYERS[by_layer.argmax()]} " in told.stderr
+    none = json.loads(run("balance", "load.npz", "--gpus", 4, "--json", "-").stdout)
+    gpus = LOAD.reshape(4, 3, 4, 3).sum(axis=3)
+    np.testing.assert_allclose(none["imbalance"], (gpus.max(2) / gpus.mean(2) - 1).mean(0), 1e-5)
+
+
+@pytest.mark.parametrize("name", ["copy.npz", "copy.csv"])
+def test_loads_are_converted_with_their_layers(files, name):
+    run("convert", "load.npz", "-o", name)
+    found = formats.read(name)
+    np.testing.assert_array_equal(found.load, LOAD)
+    assert found.layers == LAYERS
+
+
+def test_a_converted_plan_may_get_other_layers(files, old):
+    run("convert", "old.json", "-o", "new.json", "--layers", "7-9", "--model-layers", 10)
+    found = formats.read_plan("new.json")
+    np.testing.assert_array_equal(found.phy2log, old.phy2log)
+    assert (found.layers, found.num_layers) == ((7, 8, 9), 10)
+
+
+def test_what_does_not_fit(files, old):
+    small = PlanFile(np.arange(8).reshape(1, 8), (2,), 8, Topology(4, slots=2))
+    (files / "small.json").write_bytes(formats.write_plan(small, "eplb-jax"))
+    write("other.json", np.asarray(old.phy2log), (7, 8, 9))
+    plan = ["plan", "load.npz", "--previous"]
+    assert "small.json has 8 experts, but the loads have 12" in error(*plan, "small.json")
+    message = error(*plan, "other.json")
+    assert "other.json has layers 7, 8, 9, and the loads have 2, 3, 5; --layers gives" in message
+    assert "for 4" in error(*plan, "old.json", "--gpus", 8)
+    assert "old.json is read and would be over" in error(*plan, "old.json", "-o", "old.json")
+    assert "load.npz, read as array: it holds loads, but no map" in error(*plan, "load.npz")
+    assert "16 slots and small.json has 8" in error("moves", "old.json", "small.json")
+    assert "holds a plan (eplb-jax" in error("balance", "old.json", "--gpus", 4)
+    assert "give --plan, or --gpus" in error("balance", "load.npz")
