@@ -1,7 +1,7 @@
 """Expert-parallelism load balancing in pure JAX.
 
-The public names are those imported here, and those of `runtime`, `loads`, `metrics`, `traces` and
-`formats`; everything else is private and changes without notice. Axes are named in
+The public names are those imported here, and those of `runtime`, `loads`, `metrics`, `monitoring`,
+`traces` and `formats`; everything else is private and changes without notice. Axes are named in
 `eplb_jax.types`.
 
 - `plan` chooses the expert of every physical slot for a `Topology`; `rebalance_experts` is its
@@ -10,11 +10,13 @@ The public names are those imported here, and those of `runtime`, `loads`, `metr
 - `History` keeps what a service has seen in bounded space: `init_history`, `update_history`,
   `merge_histories`, `save_history`, `load_history`.
 - `balancer` is the loop of a running service: `init`, `observe`, `propose`, `commit`.
-- `metrics` measures plans; `plan_bound` and `packing_bound` are proven lower bounds.
+- `metrics` measures plans, also by the definitions of engines; `plan_bound` and `packing_bound` are
+  proven lower bounds. `monitoring` has numbers of a running service, for Prometheus, too.
 - `moves` says what leads from one plan to another, `decide` whether it is worth it.
 - `runtime` is for use inside a running model.
 - `loads` has measured loads, `traces` synthetic ones; `replay` plans through a trace.
 - `formats` reads what engines recorded, and reads and writes their maps.
+- `inspect_loads` says what looks like a fault of the recording of loads.
 
 The packages, each of which imports only those before it: `packing` (weighted items to packs;
 it knows no expert), `transition` (plan to plan), `planning` (loads to plans), `evaluation`,
@@ -27,6 +29,7 @@ from eplb_jax import formats as formats
 from eplb_jax import runtime as runtime
 from eplb_jax.evaluation import loads as loads
 from eplb_jax.evaluation import metrics as metrics
+from eplb_jax.evaluation import monitoring as monitoring
 from eplb_jax.evaluation import traces as traces
 from eplb_jax.evaluation.decision import Decision as Decision
 from eplb_jax.evaluation.decision import decide as decide
@@ -36,6 +39,8 @@ from eplb_jax.evaluation.replay import plan_from_history as plan_from_history
 from eplb_jax.evaluation.replay import plan_from_last_window as plan_from_last_window
 from eplb_jax.evaluation.replay import plan_from_windows as plan_from_windows
 from eplb_jax.evaluation.replay import replay as replay
+from eplb_jax.evaluation.sanity import Finding as Finding
+from eplb_jax.evaluation.sanity import inspect_loads as inspect_loads
 from eplb_jax.packing.balanced_packing import balanced_packing as balanced_packing
 from eplb_jax.packing.bounds import packing_bound as packing_bound
 from eplb_jax.planning.balancer import Balancer as Balancer

@@ -12,7 +12,7 @@ from eplb_jax.cli import inputs
 from eplb_jax.cli.arguments import Json, Layers, Load, LoadFormat, MaybeGpus, Nodes
 from eplb_jax.cli.files import STDOUT, check_writable, write_json
 from eplb_jax.evaluation.metrics import balance as balance_under
-from eplb_jax.evaluation.metrics import balance_of, gpu_loads_in_order
+from eplb_jax.evaluation.metrics import balance_of, engine_metrics, gpu_loads_in_order
 
 
 def balance(
@@ -32,6 +32,7 @@ def balance(
     check_writable(json_file, (load, plan))
     recording = inputs.read_loads(load, format, layers)
     loads, numbers, phy2log, name = recording.load, recording.layers, None, "no balancer"
+    engines = None
     if plan is not None or recording.phy2log is not None:
         name = plan if plan is not None else load
         if plan is not None:
@@ -39,8 +40,9 @@ def balance(
         else:
             found = inputs.read_plan(load, num_gpus, num_nodes, format=format)
         loads, phy2log, numbers = inputs.same_layers(recording, found, name)
-        num_gpus = inputs.topology_of(found).num_gpus
-        result = balance_under(loads, phy2log, inputs.topology_of(found))
+        topology = inputs.topology_of(found)
+        num_gpus, result = topology.num_gpus, balance_under(loads, phy2log, topology)
+        engines = engine_metrics(loads, phy2log, topology)
     else:
         if num_gpus is None:
             raise ValueError("give --plan, or --gpus for the balance without a balancer")
@@ -54,6 +56,12 @@ def balance(
         f"imbalance (max / mean GPU load - 1) {imbalance.mean():.2%}; "
         f"balancedness (mean / max) {float(np.mean(result.mean_balancedness)):.4f}"
     )
+    if engines is not None:
+        console.print(
+            f"balancedness as SGLang reports it {engines.sglang_balancedness.mean():.4f}, as vLLM "
+            f"{engines.vllm_balancedness.mean():.4f}; imbalance as TensorRT-LLM "
+            f"{engines.tensorrt_llm_imbalance.mean():.2%}"
+        )
     by_layer = imbalance.mean(axis=0)
     gpu_load = gpu_load.reshape(len(imbalance), len(numbers), -1)
     most = np.eye(gpu_load.shape[-1])[gpu_load.argmax(axis=-1)]  # [T, L, G]
@@ -89,6 +97,7 @@ def balance(
             "imbalance": by_layer,
             "gpu_load": gpu_load.mean(axis=0),
             "most_loaded": often,
+            "engines": None if engines is None else engines._asdict(),
             "hottest_experts": hottest,
         },
     )

@@ -8,6 +8,7 @@ import typer
 from eplb_jax import formats
 from eplb_jax.cli.arguments import numbers_in
 from eplb_jax.evaluation import loads
+from eplb_jax.evaluation.sanity import inspect_loads
 from eplb_jax.formats import PlanFile, Recording
 from eplb_jax.planning.plan import plan as make_plan
 from eplb_jax.types import Topology
@@ -22,9 +23,11 @@ def read_loads(name: str, format: str | None = None, layers: str | None = None) 
         found = Recording(load, tuple(range(load.shape[1])))
     else:
         found = formats.read(name, format)
-        warn(f"{name} ({found.format})", found.notes)
+        warn(f"{name}, read as {found.format}", found.notes)
     if layers is not None:
         found = found._replace(layers=layer_numbers(layers, found.load.shape[1]))
+    findings = inspect_loads(found.load, layers=found.layers)
+    warn(f"{name}: warning", tuple(x.message for x in findings))
     return found
 
 
@@ -44,7 +47,7 @@ def read_plan(
             they differ.
     """
     found = formats.read_plan(name, format)
-    warn(f"{name} ({found.format})", found.notes)
+    warn(f"{name}, read as {found.format}", found.notes)
     num_slots, known = found.phy2log.shape[1], found.topology
     if known is not None and num_gpus not in (None, known.num_gpus):
         raise ValueError(f"--gpus={num_gpus}, but the plan in {name} is for {known.num_gpus}")

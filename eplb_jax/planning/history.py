@@ -258,7 +258,9 @@ def add_window(past: History, load: Float[Array, "L E"], *, by_size: bool = Fals
     # A window that says little hardly changes the means.
     gain = jnp.asarray(GAINS, jnp.float32)[:, None] * windows.evidence[-1:]
     change = ((new[None] - past.means) >> 6) * (gain + 0.5).astype(jnp.int32)[..., None]
-    means = jnp.where(first[None, :, None], new[None], past.means + change)
+    # The shift rounds down, so a mean near 0 would fall below it.
+    moved = jnp.maximum(past.means + change, 0)
+    means = jnp.where(first[None, :, None], new[None], moved)
     groups = _remember(past, windows)
     recent = jnp.concatenate([past.recent[1:], load[None]])
     after = past._replace(

@@ -144,7 +144,7 @@ def merge_two(groups: Groups, added: Groups, windows: Windows) -> Groups:
     part = (part * _PARTS + 0.5).astype(jnp.int32)[:, None]
     first, second = at(share, i), at(share, j)
     merged = Groups(
-        jnp.where(part == _PARTS, second, first + ((second - first) >> 7) * part),
+        jnp.where(part == _PARTS, second, jnp.maximum(first + ((second - first) >> 7) * part, 0)),
         at(tokens, i) + at(tokens, j),
         at(number, i) + at(number, j),
     )
