@@ -28,7 +28,7 @@ def run(*arguments):
 def load(tmp_path):
     path = tmp_path / "load.npy"
     rng = np.random.default_rng(0)
-    np.save(path, rng.integers(1, 1000, (2, 3, 12)))
+    np.save(path, rng.multinomial(6000, rng.dirichlet(np.full(12, 3)), (2, 3)))
     return path
 
 

@@ -17,7 +17,7 @@ TOPOLOGY = Topology(4, slots=2)
 @pytest.fixture
 def trace(tmp_path):
     path = tmp_path / "trace.npy"
-    np.save(path, np.random.default_rng(1).integers(1, 1000, (7, 2, 6)))
+    np.save(path, np.random.default_rng(1).multinomial(3000, np.arange(1, 7) / 21, (7, 2)))
     return path
 
 
