@@ -145,7 +145,6 @@ def test_the_seed_decides(load, tmp_path):
         ([*COUNTS, "--seed", 1 << 70], "--seed=1180591620717411303424 must be from 0 to 2^63 - 1"),
         ([*COUNTS, "--active", "0-8"], "--active has GPU 8; GPUs are numbered 0 to 7"),
         ([*COUNTS, "--active", "all"], "--active='all' is not a list of numbers such as 0-5,7"),
-        ([*COUNTS, "--layers", "3-6"], "--layers=3-6 has 4 numbers for 3 layers"),
         ([*COUNTS, "--to", "torch"], "--to=torch cannot be written; choose one of: eplb-jax"),
         ([*COUNTS, "-o", "plan.png"], "plan.png: the suffix '.png' names no format of plans"),
         ([*COUNTS, "--plot", "plan.txt"], "plan.txt: unknown kind of picture; use one of: .png"),

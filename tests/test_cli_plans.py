@@ -11,7 +11,8 @@ from eplb_jax import Topology, cli, formats
 from eplb_jax.formats import PlanFile
 
 LAYERS, EXPERTS, TOPOLOGY = (2, 3, 5), 12, Topology(4, slots=4, num_nodes=2)
-LOAD = np.random.default_rng(0).lognormal(0, 1, (4, 3, EXPERTS)).round(3) * 1000
+RNG = np.random.default_rng(0)
+LOAD = RNG.multinomial(9000, RNG.dirichlet(np.ones(EXPERTS), 3), (4, 3)).astype(float)
 
 
 def run(*arguments):
@@ -140,6 +141,20 @@ def test_loads_are_converted_with_their_layers(files, name):
     assert found.layers == LAYERS
 
 
+def test_windows_are_merged_by_phase(files):
+    phases = ["prefill", "decode", "decode", "prefill", "decode"]
+    load = np.arange(5 * 2 * 4).reshape(5, 2, 4) + 1
+    np.savez("passes.npz", load=load, phases=phases)
+    run("convert", "passes.npz", "-o", "new.npz", "--merge", 2, "--layers", "8,4", "--experts", 6)
+    found = formats.read("new.npz")
+    merged = [load[0] + load[3], load[1] + load[2], load[4]]
+    np.testing.assert_array_equal(found.load[..., :4], merged)
+    assert found.load.shape == (3, 2, 6)
+    assert (found.layers, found.phases) == ((8, 4), ("prefill", "decode", "decode"))
+    message = error("convert", "passes.npz", "-o", "new.npz", "--layers", "3-6")
+    assert "--layers=3-6 has 4 numbers for 2 layers" in message
+
+
 def test_a_converted_plan_may_get_other_layers(files, old):
     run("convert", "old.json", "-o", "new.json", "--layers", "7-9", "--model-layers", 10)
     found = formats.read_plan("new.json")
@@ -154,7 +169,10 @@ def test_what_does_not_fit(files, old):
     plan = ["plan", "load.npz", "--previous"]
     assert "small.json has 8 experts, but the loads have 12" in error(*plan, "small.json")
     message = error(*plan, "other.json")
-    assert "other.json has layers 7, 8, 9, and the loads have 2, 3, 5; --layers gives" in message
+    assert (
+        "other.json has layers 7, 8, 9, and the loads have 2, 3, 5; eplb-jax convert --layers gives"
+        in message
+    )
     assert "for 4" in error(*plan, "old.json", "--gpus", 8)
     assert "old.json is read and would be over" in error(*plan, "old.json", "-o", "old.json")
     assert "load.npz, read as array: it holds loads, but no map" in error(*plan, "load.npz")

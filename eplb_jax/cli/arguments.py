@@ -36,13 +36,6 @@ To = Annotated[
     str | None,
     Option("--to", help=f"Format of the plan that is written: {WRITTEN}. Default: by its suffix."),
 ]
-Layers = Annotated[
-    str | None,
-    Option(help="Numbers of the MoE layers in the model, such as 3-60; replaces LOAD's."),
-]
-ModelLayers = Annotated[
-    int | None, Option(help="All layers of the model, with dense ones, for SGLang's maps.")
-]
 
 
 def numbers_in(name: str, text: str) -> list[int]:

@@ -9,7 +9,7 @@ from rich.table import Table
 from typer import Option
 
 from eplb_jax.cli import inputs
-from eplb_jax.cli.arguments import Json, Layers, Load, LoadFormat, MaybeGpus, Nodes
+from eplb_jax.cli.arguments import Json, Load, LoadFormat, MaybeGpus, Nodes
 from eplb_jax.cli.files import STDOUT, check_writable, write_json
 from eplb_jax.evaluation.metrics import balance as balance_under
 from eplb_jax.evaluation.metrics import balance_of, engine_metrics, gpu_loads_in_order
@@ -24,13 +24,12 @@ def balance(
     num_gpus: MaybeGpus = None,
     num_nodes: Nodes = 1,
     top: Annotated[int, Option(help="Layers, GPUs and experts to list.")] = 5,
-    layers: Layers = None,
     format: LoadFormat = None,
     json_file: Json = None,
 ) -> None:
     """Print the balance of GPUs, the worst layers and GPUs, and the most loaded experts."""
     check_writable(json_file, (load, plan))
-    recording = inputs.read_loads(load, format, layers)
+    recording = inputs.read_loads(load, format)
     loads, numbers, phy2log, name = recording.load, recording.layers, None, "no balancer"
     engines = None
     if plan is not None or recording.phy2log is not None:

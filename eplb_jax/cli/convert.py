@@ -8,8 +8,9 @@ import numpy as np
 from typer import Argument, Option, echo
 
 from eplb_jax import formats
+from eplb_jax.checks import as_count
 from eplb_jax.cli import inputs
-from eplb_jax.cli.arguments import Groups, Layers, LoadFormat, MaybeGpus, ModelLayers, Nodes, To
+from eplb_jax.cli.arguments import Groups, LoadFormat, MaybeGpus, Nodes, To, numbers_in
 from eplb_jax.cli.files import STDOUT, check_writable, plan_format, write_bytes, write_plan
 from eplb_jax.files import write_whole
 
@@ -33,8 +34,18 @@ def convert(
     num_gpus: MaybeGpus = None,
     num_groups: Groups = 1,
     num_nodes: Nodes = 1,
-    layers: Layers = None,
-    model_layers: ModelLayers = None,
+    layers: Annotated[
+        str | None, Option(help="Numbers of the layers in the model, such as 3-60.")
+    ] = None,
+    model_layers: Annotated[
+        int | None, Option(help="All layers of the model, with dense ones, for SGLang's maps.")
+    ] = None,
+    num_experts: Annotated[
+        int | None, Option("--experts", help="Experts of a layer, if the last ones were never hit.")
+    ] = None,
+    merge: Annotated[
+        int, Option(help="Windows to add up to one, such as the forward passes of a recorder.")
+    ] = 1,
 ) -> None:
     """Write the loads of a recording, or a plan, in another format.
 
@@ -42,7 +53,10 @@ def convert(
     """
     check_writable(output, (source,))
     if to is None and output.suffix.lower() in _LOADS:
-        recording = inputs.read_loads(source, format, layers)
+        recording = inputs.read_loads(source, format, num_experts)
+        if layers is not None:
+            recording = recording._replace(layers=_numbers(layers, recording.load.shape[1]))
+        recording = _merged(recording, as_count("merge", merge))
         write_loads(output, recording)
         windows, count, experts = recording.load.shape
         echo(f"{output}: {windows} windows x {count} layers x {experts} experts", err=True)
@@ -55,12 +69,36 @@ def convert(
         if plan.topology is None and num_gpus is not None:
             plan = inputs.read_plan(source, num_gpus, num_nodes, num_groups, format=format)
     if layers is not None:
-        plan = plan._replace(layers=inputs.layer_numbers(layers, len(plan.phy2log)))
+        plan = plan._replace(layers=_numbers(layers, len(plan.phy2log)))
     if model_layers is not None:
         plan = plan._replace(num_layers=model_layers)
     write_plan(output, plan, written)
     if output != STDOUT:
         echo(f"{output}: {len(plan.layers)} layers x {plan.phy2log.shape[1]} slots", err=True)
+
+
+def _numbers(text: str, count: int) -> tuple[int, ...]:
+    numbers = tuple(numbers_in("--layers", text))
+    if len(numbers) != count or len(set(numbers)) != count:
+        raise ValueError(f"--layers={text} has {len(set(numbers))} numbers for {count} layers")
+    return numbers
+
+
+def _merged(recording: formats.Recording, count: int) -> formats.Recording:
+    """Sums of so many consecutive windows of a phase; the last one of a phase may be of fewer."""
+    if count == 1:
+        return recording
+    phases = np.array(recording.phases or [""] * len(recording.load))
+    starts = [
+        part[i : i + count]
+        for phase in dict.fromkeys(phases)
+        for part in [np.flatnonzero(phases == phase)]
+        for i in range(0, len(part), count)
+    ]
+    starts.sort(key=lambda x: x[0])
+    load = np.stack([recording.load[x].sum(axis=0) for x in starts])
+    kept = tuple(phases[x[0]] for x in starts) if recording.phases else ()
+    return recording._replace(load=load, phases=kept)
 
 
 def write_loads(path: Path, recording: formats.Recording) -> None:

@@ -7,7 +7,7 @@ from rich.table import Table
 from typer import Option
 
 from eplb_jax.cli import inputs
-from eplb_jax.cli.arguments import Json, Layers, Load, LoadFormat, MaybeGpus, Nodes
+from eplb_jax.cli.arguments import Json, Load, LoadFormat, MaybeGpus, Nodes
 from eplb_jax.cli.files import STDOUT, check_writable, write_json
 from eplb_jax.cli.moves import New, Old, moved
 from eplb_jax.evaluation.decision import decide as decide_on
@@ -29,7 +29,6 @@ def decide(
     serves: Annotated[float, Option(help="Windows that the new plan will stay in place.")] = 1,
     num_gpus: MaybeGpus = None,
     num_nodes: Nodes = 1,
-    layers: Layers = None,
     format: LoadFormat = None,
     json_file: Json = None,
 ) -> None:
@@ -40,7 +39,7 @@ def decide(
     check_writable(json_file, (load, old, new))
     before, after, _ = inputs.two_plans(old, new, num_gpus, num_nodes)
     topology = inputs.topology_of(after)
-    recording = inputs.read_loads(load, format, layers)
+    recording = inputs.read_loads(load, format)
     both = inputs.same_layers(recording, after, new)
     old_map = inputs.same_layers(recording, before, old).phy2log
     answer = decide_on(

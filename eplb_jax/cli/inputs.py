@@ -6,7 +6,6 @@ import numpy as np
 import typer
 
 from eplb_jax import formats
-from eplb_jax.cli.arguments import numbers_in
 from eplb_jax.evaluation import loads
 from eplb_jax.evaluation.sanity import inspect_loads
 from eplb_jax.formats import PlanFile, Recording
@@ -14,7 +13,7 @@ from eplb_jax.planning.plan import plan as make_plan
 from eplb_jax.types import Topology
 
 
-def read_loads(name: str, format: str | None = None, layers: str | None = None) -> Recording:
+def read_loads(name: str, format: str | None = None, num_experts: int | None = None) -> Recording:
     """The bundled loads of that name, or those in a file; what is noteworthy goes to stderr."""
     if name == "example" or name in loads.EXAMPLES:
         if format is not None:
@@ -22,10 +21,8 @@ def read_loads(name: str, format: str | None = None, layers: str | None = None) 
         load = loads.example() if name == "example" else loads.example(name)
         found = Recording(load, tuple(range(load.shape[1])))
     else:
-        found = formats.read(name, format)
+        found = formats.read(name, format, num_experts=num_experts)
         warn(f"{name}, read as {found.format}", found.notes)
-    if layers is not None:
-        found = found._replace(layers=layer_numbers(layers, found.load.shape[1]))
     findings = inspect_loads(found.load, layers=found.layers)
     warn(f"{name}: warning", tuple(x.message for x in findings))
     return found
@@ -93,7 +90,7 @@ def same_layers(recording: Recording, plan: PlanFile, name: str) -> Aligned:
     if not both:
         raise ValueError(
             f"{name} has layers {_few(plan.layers)}, and the loads have {_few(recording.layers)}; "
-            "--layers gives the loads other numbers"
+            "eplb-jax convert --layers gives the loads other numbers"
         )
     only = [x for x in plan.layers if x not in set(both)]
     extra = [x for x in recording.layers if x not in set(both)]
@@ -154,14 +151,6 @@ def two_plans(
         for x in (before, after)
     ]
     return cut[0], cut[1], both
-
-
-def layer_numbers(text: str, count: int) -> tuple[int, ...]:
-    """The numbers of `--layers` for so many layers."""
-    numbers = tuple(numbers_in("--layers", text))
-    if len(numbers) != count or len(set(numbers)) != count:
-        raise ValueError(f"--layers={text} has {len(set(numbers))} numbers for {count} layers")
-    return numbers
 
 
 def _few(layers: object) -> str:

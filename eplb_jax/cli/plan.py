@@ -16,12 +16,10 @@ from eplb_jax.cli import inputs
 from eplb_jax.cli.arguments import (
     Groups,
     Json,
-    Layers,
     Load,
     LoadFormat,
     MaybeGpus,
     MaybeReplicas,
-    ModelLayers,
     Nodes,
     Plot,
     PolicyName,
@@ -74,8 +72,6 @@ def plan(
     active: Annotated[
         str | None, Option(metavar="GPUS", help="GPUs that are alive, such as 0-5,7; default: all.")
     ] = None,
-    layers: Layers = None,
-    model_layers: ModelLayers = None,
     format: LoadFormat = None,
     output: Annotated[
         Path | None, Option("-o", "--output", help="Plan file to write; - for standard output.")
@@ -96,7 +92,7 @@ def plan(
     if STDOUT == output == json_file:
         raise ValueError("--output and --json cannot both be standard output")
     written = plan_format(output, to)
-    recording = inputs.read_loads(load, format, layers)
+    recording = inputs.read_loads(load, format)
     loads, numbers, old = recording.load, recording.layers, None
     if previous is None:
         if num_replicas is None or num_gpus is None:
@@ -143,7 +139,7 @@ def plan(
         f"compiled in {compile_seconds:.2f} s, planned in {seconds * 1e3:.1f} ms on "
         f"{device.platform} ({device.device_kind})"
     )
-    unused = ("output", "to", "plot", "json_file", "model_layers")
+    unused = ("output", "to", "plot", "json_file")
     made = {k: v for k, v in ctx.params.items() if k not in unused and v is not None}
     made |= {"eplb_jax": version("eplb-jax"), "policy": policy}
     made = {
@@ -151,9 +147,8 @@ def plan(
         "balancedness": round(float(columns["plan"].mean_balancedness), 6),
     }
     if output is not None:
-        known = model_layers if model_layers is not None else recording.num_layers
         phy2log = np.asarray(placement.phy2log)
-        content = PlanFile(phy2log, numbers, loads.shape[-1], topology, known)
+        content = PlanFile(phy2log, numbers, loads.shape[-1], topology, recording.num_layers)
         write_plan(output, content, written, made | _inverse(placement))
     numbers_of = {k: {"imbalance": _by_layer(x.imbalance)} for k, x in columns.items()}
     write_json(

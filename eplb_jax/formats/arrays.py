@@ -3,7 +3,7 @@
 import numpy as np
 
 from eplb_jax.formats.sources import Source
-from eplb_jax.formats.types import Format, Recording, numbered
+from eplb_jax.formats.types import LAST_IS_SEEN, Format, Recording, numbered
 
 _COLUMNS = {
     "window": ("window", "step", "iteration", "iter", "time"),
@@ -19,7 +19,7 @@ def _is_array(source: Source) -> bool:
         return "load" in source.content or len(source.content) == 1
     if source.kind == "json":
         return isinstance(source.content, list) or "load" in source.keys
-    return source.kind == "npy" and isinstance(source.content, np.ndarray)
+    return source.kind in ("npy", "torch") and isinstance(source.content, np.ndarray)
 
 
 def _read_array(source: Source) -> Recording:
@@ -85,6 +85,8 @@ def _read_triples(source: Source) -> Recording:
     load[window, layers[1], expert] = column["count"]
     absent = int(np.isnan(load).sum())
     notes = (f"{absent} of {load.size} counts are not in the file and taken as 0",) * bool(absent)
+    if absent:
+        notes += (LAST_IS_SEEN.format(load.shape[2] - 1),)
     load = np.nan_to_num(load, nan=0.0) if absent else load
     whole = load.astype(np.int64) if np.all(load == np.floor(load)) else load
     return Recording(whole, tuple(int(x) for x in layers[0]), notes=notes)
@@ -134,7 +136,10 @@ def _is_number(cell: str) -> bool:
 
 FORMATS = (
     Format(
-        "array", "an .npz or .npy array named load, or nested JSON lists", _is_array, _read_array
+        "array",
+        "an .npz array named load, an .npy or .pt array, or nested JSON lists",
+        _is_array,
+        _read_array,
     ),
     Format(
         "triples", "CSV, columns layer,expert,count and maybe window", _is_triples, _read_triples

@@ -4,21 +4,26 @@ from pathlib import Path
 
 import numpy as np
 
-from eplb_jax.formats import arrays, plans
+from eplb_jax.formats import arrays, plans, routing, sglang
 from eplb_jax.formats.sources import Source, open_source
 from eplb_jax.formats.types import Format, PlanFile, Recording, numbered
 from eplb_jax.types import Topology
 
-FORMATS: dict[str, Format] = {x.name: x for x in (*plans.FORMATS, *arrays.FORMATS)}
+FORMATS: dict[str, Format] = {
+    x.name: x for x in (*plans.FORMATS, *sglang.FORMATS, *routing.FORMATS, *arrays.FORMATS)
+}
 """Every format by its name."""
 
 
-def read(path: str | Path, format: str | None = None) -> Recording:
+def read(
+    path: str | Path, format: str | None = None, *, num_experts: int | None = None
+) -> Recording:
     """The loads that an engine recorded.
 
     Args:
         path: A file, or the folder of a recorder that writes several.
         format: The name of one of `FORMATS`; None: recognised by its content.
+        num_experts: E, for files that do not say: experts past the last one seen have no load.
 
     Raises:
         ValueError: The file cannot be read, is of no known format, fits several, or does not hold
@@ -33,9 +38,16 @@ def read(path: str | Path, format: str | None = None) -> Recording:
     if chosen.read is None:
         raise ValueError(f"{path} holds a plan ({chosen.name}: {chosen.title}), not loads")
     try:
-        return _checked(chosen.read(source))._replace(format=chosen.name)
+        found = _checked(chosen.read(source), num_experts)._replace(format=chosen.name)
     except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
         raise _named(path, chosen, error) from error
+    if format is None and sglang.is_map(found.load[0]) and found.load.size > 1:
+        experts = found.load.max()
+        raise ValueError(
+            f"{path} looks like a map of experts 0 to {experts}, not like loads, as every row has "
+            f"all of these numbers and no other; if these are loads, say so: format={chosen.name!r}"
+        )
+    return found
 
 
 def read_plan(path: str | Path, format: str | None = None) -> PlanFile:
@@ -116,7 +128,7 @@ def _describe(source: Source) -> str:
     return f"{source.kind}, {type(source.content).__name__}"
 
 
-def _checked(recording: Recording) -> Recording:
+def _checked(recording: Recording, num_experts: int | None) -> Recording:
     """The recording with loads [T, L, E] in 64 bits, and -1 or more of everything else."""
     load = np.asarray(recording.load)
     if load.ndim == 2:
@@ -137,6 +149,10 @@ def _checked(recording: Recording) -> Recording:
         )
     if load.astype(np.float64).sum() > np.iinfo(np.int64).max:
         raise ValueError("the loads of all windows add up to more than 2^63 tokens")
+    more = 0 if num_experts is None else num_experts - load.shape[2]
+    if more < 0:
+        raise ValueError(f"num_experts={num_experts}, but there are {load.shape[2]} experts")
+    load = np.pad(load, ((0, 0), (0, 0), (0, more)))
     layers = tuple(map(int, recording.layers)) or numbered(load.shape[1])
     if len(layers) != load.shape[1] or len(set(layers)) != len(layers):
         raise ValueError(f"{load.shape[1]} layers of loads with the numbers {layers}")

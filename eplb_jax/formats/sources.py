@@ -27,9 +27,10 @@ class Source:
     Attributes:
         path: The file or folder.
         kind: How it was parsed.
-        content: folder: its files by name. json, yaml, torch: the value. jsonl: a list of values,
-            one for each line. npz: arrays by name. npy: the array, or what an array of one object
-            holds. table: the cells of every line, list[list[str]]. text: the text.
+        content: folder: its files by name. json, yaml, torch: the value, with arrays in place of
+            tensors. jsonl: a list of values, one for each line. npz: arrays by name. npy: the
+            array, or what an array of one object holds. table: the cells of every line,
+            list[list[str]]. text: the text.
     """
 
     path: Path
@@ -181,9 +182,21 @@ def _read_torch(path: Path) -> Any:
         raise ValueError(f"reading {path.name} needs torch: pip install torch") from None
     try:
         with warnings.catch_warnings(action="ignore"):  # of old versions of pickle
-            return torch.load(path, map_location="cpu", weights_only=True)
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, pickle.UnpicklingError) as error:
         raise ValueError(str(error).splitlines()[0]) from error
+    return _to_numpy(content)
+
+
+def _to_numpy(value: Any) -> Any:
+    """The same with arrays in place of tensors; types that NumPy lacks become float32."""
+    if isinstance(value, Mapping):
+        return {key: _to_numpy(x) for key, x in value.items()}
+    if isinstance(value, list | tuple):
+        return [_to_numpy(x) for x in value]
+    if hasattr(value, "numpy"):
+        return (value.float() if value.is_floating_point() else value).numpy()
+    return value
 
 
 def _read_yaml(path: Path, text: str) -> Any:

@@ -9,6 +9,9 @@ from jaxtyping import Int
 from eplb_jax.formats.sources import Source
 from eplb_jax.types import Topology
 
+LAST_IS_SEEN = "expert {} is the last one seen; num_experts says if there are more"
+"""A note on files that do not say how many experts there are."""
+
 
 class Recording(NamedTuple):
     """Loads as an engine recorded them, the oldest window first.
@@ -118,8 +121,9 @@ def logical_load(physical: np.ndarray, phy2log: np.ndarray, num_experts: int) ->
         )
     if np.any(physical[:, phy2log < 0]):
         raise ValueError("slots that the map says are empty have tokens; is it the right map?")
-    load = np.zeros((*physical.shape[:2], num_experts), physical.dtype)
-    rows = np.arange(phy2log.shape[0])[:, None]
-    for window, counts in zip(load, physical, strict=True):
-        np.add.at(window, (rows, np.maximum(phy2log, 0)), np.where(phy2log < 0, 0, counts))
-    return load
+    order = np.argsort(phy2log, axis=1, kind="stable")
+    ordered = np.take_along_axis(physical, order[None], axis=2)
+    total = np.cumsum(np.pad(ordered, ((0, 0), (0, 0), (1, 0))), axis=2, dtype=np.int64)
+    experts = np.take_along_axis(phy2log, order, axis=1)
+    ends = [np.searchsorted(x, np.arange(-1, num_experts), side="right") for x in experts]
+    return np.diff(np.take_along_axis(total, np.stack(ends)[None], axis=2), axis=2)
