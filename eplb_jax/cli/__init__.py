@@ -1,4 +1,4 @@
-"""The command line: `eplb-jax plan`, `simulate` and `generate`. Needs the extra `cli`."""
+"""The command line: `eplb-jax plan`, `simulate`, `report` and `generate`. Needs the extra `cli`."""
 
 import sys
 from typing import Annotated, Any
@@ -12,6 +12,7 @@ except ModuleNotFoundError as error:
 
 from eplb_jax.cli.generate import generate
 from eplb_jax.cli.plan import plan
+from eplb_jax.cli.report import report
 from eplb_jax.cli.simulate import simulate
 
 
@@ -44,5 +45,5 @@ def _options(
     """Balance the experts of mixture-of-experts models over GPUs."""
 
 
-for _command in (plan, simulate, generate):
+for _command in (plan, simulate, report, generate):
     main.command()(_command)

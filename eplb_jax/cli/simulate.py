@@ -12,7 +12,7 @@ from typer import Context, Option, echo
 from eplb_jax.checks import as_count
 from eplb_jax.cli.arguments import Gpus, Groups, Load, Nodes, Plot, PolicyName, Replicas, read
 from eplb_jax.cli.files import check_drawable, check_writable, write_figure, write_whole
-from eplb_jax.cli.report import report, table
+from eplb_jax.cli.results import as_json, table
 from eplb_jax.evaluation.replay import (
     plan_from_history,
     plan_from_last_window,
@@ -108,7 +108,7 @@ def simulate(
     arguments["strategy"] = names
     Console(stderr=to_stdout).print(table(results, arguments, counts.shape))
     if json_file is not None:
-        text = report(results, arguments, counts.shape, order[window:])
+        text = as_json(results, arguments, counts.shape, order[window:])
         if to_stdout:
             echo(text)
         else:
