@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 import eplb_jax
 from eplb_jax import Topology, cli, metrics
+from eplb_jax.cli.drawings import lines, windows_of_point
 from eplb_jax.cli.page import Source, page, verdict
 from eplb_jax.evaluation.diagnosis import (
     DEEPSEEK,
@@ -399,3 +400,12 @@ def test_a_browser_shows_it_at_390_pixels(tmp_path, with_plan, scheme, dark):
     luminance = {x: np.mean([*map(int, re.findall(r"\d+", found[x]))]) for x in ("page", "text")}
     assert (luminance["page"] < 64) == dark
     assert abs(luminance["page"] - luminance["text"]) > 180
+
+
+def test_a_long_trace_is_drawn_as_means(with_plan):
+    imbalance = np.random.default_rng(0).random((200, L))
+    long = {MEMORY: with_plan.replays[MEMORY]._replace(imbalance=imbalance)}
+    text = lines(long, 0, 150, 200)
+    (points,) = re.findall(r'd="(M[^"]*)" clip-path="[^"]*" style="[^"]*--line-3', text)
+    assert windows_of_point(200) == 3
+    assert len(points.split("L")) == 67

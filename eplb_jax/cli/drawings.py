@@ -53,6 +53,7 @@ _STYLE: dict[Any, Any] = {
     "grid.color": _RULE,
 }
 _NO_METADATA = {"Date": None, "Creator": None, "Format": None, "Type": None}
+_MAX_POINTS = 80
 _MIN_RANGE, _MAX_RANGE = 0.05, 1.0  # half ranges of the color scale, the first also its step
 
 
@@ -119,8 +120,15 @@ def _signed(value: float) -> str:
     )
 
 
+def windows_of_point(count: int) -> int:
+    """How many windows a point of `lines` is the mean of."""
+    return -(-count // _MAX_POINTS)
+
+
 def lines(replays: Mapping[str, Replay], window: int, seen: int, end: int) -> str:
     """The mean imbalance of every replay by window; windows from `seen` on are shaded."""
+    first = np.arange(0, end - window, windows_of_point(end - window))
+    count = np.diff(first, append=end - window)
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(4.2, 2.9), layout="constrained")
         axes = figure.subplots()
@@ -128,12 +136,12 @@ def lines(replays: Mapping[str, Replay], window: int, seen: int, end: int) -> st
         highest = 0.0
         for name, result in replays.items():
             number, dashes = LINES[name]
-            heights = result.imbalance.mean(axis=1)
+            heights = np.add.reduceat(result.imbalance.mean(axis=1), first) / count
             highest = max(highest, heights.max())
             line = {"color": f"#0a000{number}", "linestyle": (0, dashes or None)}
             line |= {"linewidth": 2.6 if name == MEMORY else 1.7}
             line |= {"marker": "o" if len(heights) == 1 else ""}
-            axes.plot(window + np.arange(len(heights)), heights, **line)
+            axes.plot(window + first + (count - 1) / 2, heights, **line)
         axes.set_xlim(window - 0.5, end - 0.5)
         _percent_axis(axes, "imbalance, mean over layers", highest)
         axes.set_xlabel("window")

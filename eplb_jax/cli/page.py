@@ -93,6 +93,7 @@ def page(diagnosis: Diagnosis, source: Source) -> str:
         heat_before=before,
         heat_after=after,
         lines=drawings.lines(d.replays, d.window, d.seen, d.shape[0]),
+        windows_of_point=drawings.windows_of_point(d.shape[0] - d.window),
         dashes=drawings.LINES,
         steps=drawings.steps(d.spares, d.topology.slots_per_gpu),
         worst=_worst_layers(d, layers, load),
@@ -157,13 +158,15 @@ def verdict(d: Diagnosis) -> tuple[str, str]:
 
 
 def _windows(first: int, end: int) -> str:
-    """The windows from one number up to another.
+    r"""The windows from one number up to another.
 
     Example:
         >>> _windows(30, 40), _windows(3, 4)
-        ('windows 30 to 39', 'window 3')
+        ('windows 30 to 39', 'window\xa03')
     """
-    return f"window {first}" if end - first == 1 else f"windows {first} to {end - 1}"
+    if end - first == 1:
+        return f"window\N{NO-BREAK SPACE}{first}"
+    return f"windows {first} to {end - 1}"
 
 
 def _by_layer(d: Diagnosis) -> tuple[np.ndarray, np.ndarray]:
