@@ -76,6 +76,15 @@ def test_plans_see_the_past_and_the_plan_in_place(trace):
     assert calls[2][1] is calls[3][1] is calls[1][2]
 
 
+def test_a_plan_in_place_at_first_is_seen_and_left_by_moves(trace):
+    plan, start = RandomPlanner(), RandomPlanner()(trace[:1], None)
+    result = replay(trace, plan, TOPOLOGY, window=5, previous=start)
+    assert plan.calls[0][1] is start
+    moves = eplb_jax.moves(start, plan.calls[0][2], TOPOLOGY).received.sum(axis=1)
+    np.testing.assert_array_equal(result.moves[0], moves)
+    assert len(result.moves) == len(result.seconds) == 2
+
+
 @pytest.mark.parametrize("first", [0.2, 0.001])
 def test_compilation_is_timed_apart_and_never_negative(trace, monkeypatch, first):
     """Each of the two kinds of call takes `first` seconds once, and 0.01 from then on."""

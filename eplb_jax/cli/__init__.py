@@ -16,6 +16,7 @@ from eplb_jax.cli.decide import decide
 from eplb_jax.cli.generate import generate
 from eplb_jax.cli.moves import moves
 from eplb_jax.cli.plan import plan
+from eplb_jax.cli.report import report
 from eplb_jax.cli.simulate import simulate
 
 
@@ -48,5 +49,5 @@ def _options(
     """Balance the experts of mixture-of-experts models over GPUs."""
 
 
-for _command in (plan, moves, decide, balance, convert, simulate, generate):
+for _command in (plan, moves, decide, balance, convert, simulate, report, generate):
     main.command()(_command)

@@ -1,100 +1,98 @@
-"""The results of replays: the table, and all numbers as JSON."""
+"""`eplb-jax report`: one page for an operator."""
 
-import json
-from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from datetime import UTC, datetime
 from importlib.metadata import version
-from typing import Any
+from pathlib import Path
+from platform import python_version
+from typing import Annotated
 
 import jax
-import numpy as np
-from rich import box
-from rich.table import Table
+from rich.console import Console
+from typer import Argument, Option, echo
 
-from eplb_jax.evaluation.replay import Replay
+from eplb_jax.cli import inputs
+from eplb_jax.cli.arguments import FILES, Groups, LoadFormat, MaybeGpus, MaybeReplicas, Nodes
+from eplb_jax.cli.files import STDOUT, check_writable, write_bytes
+from eplb_jax.evaluation.diagnosis import Costs, diagnose
+from eplb_jax.types import Topology
 
-COLUMNS = {
-    "time_lost": ("time\nlost", "{:.2%}"),
-    "imbalance_mean": ("mean\nimb.", "{:.2%}"),
-    "imbalance_p95": ("p95", "{:.1%}"),
-    "imbalance_worst": ("worst", "{:.1%}"),
-    "moves_share": ("slots\nmoved", "{:.1%}"),
-    "plan_ms": ("plan,\nms", "{:.1f}"),
-    "compile_s": ("comp.,\ns", "{:.1f}"),
-}
-"""Columns of the table: the key in `summary`, the header, and the format."""
-
-
-def summary(result: Replay, num_replicas: int) -> dict[str, float | None]:
-    """Imbalance over layers and windows, moves per layer and plan, times; None without a plan."""
-    planned, replanned = result.seconds.size > 0, result.moves.size > 0
-    busy = result.imbalance[result.load > 0] if result.load.any() else np.zeros(1)
-    return {
-        "time_lost": result.time_lost,
-        "imbalance_mean": result.mean_imbalance,
-        "imbalance_p95": float(np.percentile(busy, 95)),
-        "imbalance_worst": float(busy.max()),
-        "moves_mean": float(result.moves.mean()) if replanned else None,
-        "moves_share": float(result.moves.mean()) / num_replicas if replanned else None,
-        "plan_ms": float(np.median(result.seconds)) * 1e3 if planned else None,
-        "compile_s": result.compile_seconds if planned else None,
-    }
-
-
-def table(
-    results: Mapping[str, Replay], arguments: Mapping[str, Any], shape: Sequence[int]
-) -> Table:
-    """A row for every replay of a trace of that shape."""
-    every, window = arguments["every"], arguments["window"]
-    interval = "window" if every == 1 else f"{every} windows"
-    measured = f"{shape[0] - window} window{'s' * (shape[0] - window > 1)}"
-    memory = arguments["memory"]
-    older = f" and {memory} group{'s' * (memory > 1)} of older ones" if memory else ""
-    rows = Table(
-        title=f"{shape[1]} layers x {shape[2]} experts, {measured}, "
-        f"a plan every {interval} from the {window} before{older}",
-        caption="imb.: imbalance, max / mean GPU load - 1, over layers and windows with load;\n"
-        "time lost: its mean weighted by load; slots moved: from another GPU, of those of a\n"
-        "layer, per plan; plan: the median time, without comp., the time of compilation",
-        title_justify="left",
-        caption_justify="left",
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-        pad_edge=False,
-    )
-    rows.add_column("", no_wrap=True)
-    for header, _ in COLUMNS.values():
-        rows.add_column(header, justify="right", vertical="bottom")
-    for name, result in results.items():
-        values = summary(result, arguments["num_replicas"])
-        shown = ((form, values[key]) for key, (_, form) in COLUMNS.items())
-        rows.add_row(name, *("" if x is None else form.format(x) for form, x in shown))
-    return rows
+_DEFAULTS = Costs()
 
 
 def report(
-    results: Mapping[str, Replay],
-    arguments: Mapping[str, Any],
-    shape: Sequence[int],
-    measured: np.ndarray,
-) -> str:
-    """Numbers of the table, series by window and layer, versions and arguments, as JSON."""
+    trace: Annotated[
+        str,
+        Argument(
+            metavar="TRACE",
+            help=f"Measured loads [windows, layers, experts], the oldest window first: {FILES}.",
+        ),
+    ],
+    output: Annotated[Path, Option("-o", "--output", help="HTML file to write.")],
+    plan: Annotated[
+        str | None,
+        Option(metavar="PLAN", help="The plan in place; default: the map in TRACE, or give those:"),
+    ] = None,
+    num_replicas: MaybeReplicas = None,
+    num_gpus: MaybeGpus = None,
+    num_groups: Groups = 1,
+    num_nodes: Nodes = 1,
+    format: LoadFormat = None,
+    bytes_per_expert: Annotated[
+        int | None, Option(help="Size of the parameters of one expert of one layer.")
+    ] = None,
+    seconds_per_token: Annotated[
+        float | None, Option(help="Time of one token of one expert on a GPU.")
+    ] = None,
+    bandwidth: Annotated[
+        float, Option(help="Bytes per second that a GPU sends, and receives.")
+    ] = _DEFAULTS.bandwidth,
+    serves: Annotated[
+        float, Option(help="Windows that the new plan stays in place.")
+    ] = _DEFAULTS.serves,
+) -> None:
+    """Write a page on what is out of balance, what to move, and what that is worth.
+
+    A new plan is made from the first windows of the trace, and judged on the others.
+    """
+    from eplb_jax.cli.page import Source, page, verdict
+
+    check_writable(output, (trace, plan))
+    recording = inputs.read_loads(trace, format)
+    loads, layers, phy2log = recording.load, recording.layers, None
+    if len(loads) == 1:
+        raise ValueError(
+            f"{trace} has one window, of the shape {loads.shape[1:]}; a trace has several"
+        )
+    if plan is not None or (num_replicas is None and recording.phy2log is not None):
+        name = trace if plan is None else plan
+        kind = format if plan is None else None
+        in_place = inputs.read_plan(name, num_gpus, num_nodes, num_groups, format=kind)
+        loads, phy2log, layers = inputs.same_layers(recording, in_place, name)
+        topology = inputs.topology_of(in_place)
+    elif num_replicas is None or num_gpus is None:
+        raise ValueError("give --plan, the plan in place, or --replicas and --gpus without one")
+    else:
+        topology = Topology.of_replicas(num_replicas, num_gpus, num_nodes, num_groups)
+    costs = Costs(bytes_per_expert, seconds_per_token, bandwidth, serves)
+    console = Console(stderr=True)
+    waits = console.status("making plans and replaying the trace; the first run compiles")
+    with waits if console.is_terminal else nullcontext():
+        diagnosis = diagnose(loads, topology, phy2log, costs=costs)
+    named = None if phy2log is None else (plan or trace)
+    source = Source(trace, named, layers, _made())
+    text = page(diagnosis, source)
+    write_bytes(output, text.encode())
+    title, why = verdict(diagnosis)
+    echo(f"{output}: {title}: {why}", err=output == STDOUT)
+
+
+def _made() -> list[str]:
+    """When, and with which versions on which device."""
+    versions = (f"{name} {version(name)}" for name in ("eplb-jax", "jax", "numpy"))
     device = jax.devices()[0]
-    rows = [
-        {"name": name}
-        | summary(result, arguments["num_replicas"])
-        | {
-            "imbalance": result.imbalance.round(6).tolist(),
-            "moves": result.moves.tolist(),
-            "plan_seconds": result.seconds.round(6).tolist(),
-        }
-        for name, result in results.items()
+    return [
+        f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
+        ", ".join([*versions, f"Python {python_version()}"]),
+        f"plans made on {device.platform} ({device.device_kind})",
     ]
-    content = {
-        "versions": {name: version(name) for name in ("eplb-jax", "jax", "numpy")},
-        "device": f"{device.platform} ({device.device_kind})",
-        "arguments": dict(arguments),
-        "shape": list(shape),
-        "windows": measured.tolist(),
-        "results": rows,
-    }
-    return json.dumps(content)

@@ -22,7 +22,7 @@ from eplb_jax.cli.arguments import (
     Replicas,
 )
 from eplb_jax.cli.files import STDOUT, check_drawable, check_writable, write_bytes, write_figure
-from eplb_jax.cli.report import report, table
+from eplb_jax.cli.results import as_json, table
 from eplb_jax.evaluation.replay import (
     plan_from_history,
     plan_from_last_window,
@@ -117,7 +117,7 @@ def simulate(
     arguments["strategy"] = names
     Console(stderr=json_file == STDOUT).print(table(results, arguments, counts.shape))
     if json_file is not None:
-        text = report(results, arguments, counts.shape, order[window:])
+        text = as_json(results, arguments, counts.shape, order[window:])
         write_bytes(json_file, text.encode())
     if plot is not None:
         from eplb_jax.cli.picture import picture_of_replays

@@ -42,7 +42,7 @@ class Replay(NamedTuple):
         load: Load of every layer, in the unit of the trace.
         gpu_load: Load of every GPU / mean of its layer; ones for a layer without load.
         imbalance: Max / mean GPU load - 1; zero for a layer without load.
-        moves: Slots that receive an expert from another GPU, for every plan but the first.
+        moves: Slots that receive an expert from another GPU, for every plan that replaces one.
         seconds: Time to make every plan, without compilation.
         compile_seconds: Extra time of the first calls, which compile.
     """
@@ -50,7 +50,7 @@ class Replay(NamedTuple):
     load: Float[np.ndarray, "T-H L"]
     gpu_load: Float[np.ndarray, "T-H L G"]
     imbalance: Float[np.ndarray, "T-H L"]
-    moves: Int[np.ndarray, "P-1 L"]
+    moves: Int[np.ndarray, "changes L"]
     seconds: Float[np.ndarray, " P"]
     compile_seconds: float
 
@@ -79,6 +79,7 @@ def replay(
     window: int = 8,
     every: int = 1,
     all_past: bool = False,
+    previous: Placement | None = None,
     on_window: Callable[[], object] | None = None,
 ) -> Replay:
     """Balance, moves and planning time of a planner that only sees the past of a trace.
@@ -88,13 +89,15 @@ def replay(
 
     Args:
         trace: Loads in any unit, [T, L, E], oldest window first.
-        planner: Called with ``trace[t - window : t]`` and the plan in place, None at first, for
-            t = window, window + every and so on. The first two calls are made twice, as they
+        planner: Called with ``trace[t - window : t]`` and the plan in place, at first `previous`,
+            for t = window, window + every and so on. The first two calls are made twice, as they
             may compile.
         topology: GPUs and slots of the plans.
         window: H, the number of past windows that a plan is made from, and that are not measured.
         every: Number of windows that a plan stays in place.
         all_past: Whether the planner is called with ``trace[:t]`` instead, all windows so far.
+        previous: The plan in place at first. None: there is none, and the first
+            plan counts no moves.
         on_window: Called after every measured window.
 
     Returns:
@@ -116,7 +119,7 @@ def replay(
     check_topology(topology)
     loads, window = _as_trace(trace, window)
     every = as_count("every", every)
-    placed, gpu_load, moved, seconds, compile_seconds = None, [], [], [], 0.0
+    placed, gpu_load, moved, seconds, compile_seconds = previous, [], [], [], 0.0
     for t in range(window, len(loads), every):
         make = partial(planner, loads[0 if all_past else t - window : t], placed)
         new, took, compiled = time_plan(make, compiles=len(seconds) < 2)
