@@ -1,7 +1,12 @@
 """The command line, `eplb-jax`: one module for every command. Needs the extra `cli`."""
 
+import os
+import platform
 import sys
+from pathlib import Path
 from typing import Annotated, Any
+
+import jax
 
 try:
     import rich as rich
@@ -47,6 +52,10 @@ def _options(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Balance the experts of mixture-of-experts models over GPUs."""
+    if jax.config.jax_compilation_cache_dir is None:
+        # The first run of a shape compiles for seconds. Machines that share a home differ in CPU.
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        jax.config.update("jax_compilation_cache_dir", str(cache / "eplb-jax" / platform.node()))
 
 
 for _command in (plan, moves, decide, balance, convert, simulate, report, generate):
