@@ -62,7 +62,7 @@ def convert(
         echo(f"{output}: {windows} windows x {count} layers x {experts} experts", err=True)
         return
     written = plan_format(output, to)
-    if written in ("eplb-jax", "ascend"):
+    if written in ("eplb-jax", "ascend", "verl"):
         plan = inputs.read_plan(source, num_gpus, num_nodes, num_groups, format=format)
     else:  # formats that do not need the GPUs
         plan = formats.read_plan(source, format)

@@ -4,14 +4,14 @@ from pathlib import Path
 
 import numpy as np
 
-from eplb_jax.formats import arrays, plans, routing, sglang
+from eplb_jax.formats import arrays, ascend, lists, plans, routing, sglang, tensorrt_llm, vllm
 from eplb_jax.formats.sources import Source, open_source
 from eplb_jax.formats.types import Format, PlanFile, Recording, numbered
 from eplb_jax.types import Topology
 
-FORMATS: dict[str, Format] = {
-    x.name: x for x in (*plans.FORMATS, *sglang.FORMATS, *routing.FORMATS, *arrays.FORMATS)
-}
+_SYSTEMS = plans, sglang, vllm, tensorrt_llm, ascend, lists, routing, arrays
+
+FORMATS: dict[str, Format] = {x.name: x for system in _SYSTEMS for x in system.FORMATS}
 """Every format by its name."""
 
 

@@ -89,7 +89,7 @@ class _Walk(NamedTuple):
 
     Attributes:
         phy2log: The expert in every slot.
-        count: Replicas of every expert on every GPU.
+        held: Replicas of every expert on every GPU.
         outside: Replicas of every expert outside of every set.
         inside: The load that cannot leave each set.
         cost: The sum of squares of excesses.
@@ -97,7 +97,7 @@ class _Walk(NamedTuple):
     """
 
     phy2log: Int32[Array, " R"]
-    count: Int32[Array, "E G"]
+    held: Int32[Array, "E G"]
     outside: Float[Array, "E M"]
     inside: Float[Array, "T M"]
     cost: Int32[Array, ""]
@@ -262,7 +262,7 @@ def _step(
     capacity = phy2log.size // num_gpus
     slot = jnp.arange(phy2log.size, dtype=jnp.int32)
     gpu = slot // capacity
-    count, outside, inside, size = walk.count, walk.outside, walk.inside, _sizes(sets)
+    held, outside, inside, size = walk.held, walk.outside, walk.inside, _sizes(sets)
     ratio = inside / size
     peak = jnp.max(ratio, axis=1)
     tightest = first_equal(ratio.T, peak)
@@ -284,9 +284,9 @@ def _step(
     dropped = jnp.sum(own, axis=0, dtype=jnp.int32) - base
     added = -jnp.sum(jnp.where(tight[:, None], 0, stuck[:, :, None]), axis=0, dtype=jnp.int32)
 
-    has = count > 0
+    has = held > 0
     stays, absent = has[phy2log], ~has
-    single = jnp.sum(count, axis=1, dtype=jnp.int32)[phy2log] < 2
+    single = jnp.sum(held, axis=1, dtype=jnp.int32)[phy2log] < 2
     if node is not None:
         near = np.array(node)[:, None] == np.array(node)[None]
         stays |= ~jnp.asarray(near)[gpu]
@@ -336,7 +336,7 @@ def _step(
     shift = jnp.where(better, shift[k], 0)
     return _Walk(
         jnp.where(better, new, phy2log),
-        count.at[x, here[k]]
+        held.at[x, here[k]]
         .add(-one)
         .at[x, there[k]]
         .add(back)
