@@ -11,3 +11,5 @@ from eplb_jax.formats.registry import write_plan as write_plan
 from eplb_jax.formats.types import Format as Format
 from eplb_jax.formats.types import PlanFile as PlanFile
 from eplb_jax.formats.types import Recording as Recording
+from eplb_jax.formats.vllm import LogLines as LogLines
+from eplb_jax.formats.vllm import read_log as read_log
