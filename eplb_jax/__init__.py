@@ -19,7 +19,8 @@ The public names are those imported here, and those of `runtime`, `loads`, `metr
 - `inspect_loads` says what looks like a fault of the recording of loads.
 
 The packages, each of which imports only those before it: `packing` (weighted items to packs;
-it knows no expert), `transition` (plan to plan), `planning` (loads to plans), `evaluation`,
+it knows no expert), `transition` (plan to plan), `splitting` (tokens to replicas), `planning`
+(loads to plans), `evaluation`,
 `runtime`, `formats`, `cli`.
 """
 

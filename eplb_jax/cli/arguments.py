@@ -32,6 +32,10 @@ PolicyName = Annotated[str, Option(help=f"One of: {', '.join(get_args(Policy))}.
 Json = Annotated[
     Path | None, Option("--json", help="File to write all numbers to; - for standard output.")
 ]
+Split = Annotated[
+    str | None,
+    Option(help='"flexible": replicas share the load at hand as it wants; default: equally.'),
+]
 To = Annotated[
     str | None,
     Option("--to", help=f"Format of the plan that is written: {WRITTEN}. Default: by its suffix."),

@@ -3,7 +3,7 @@
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, Any, Literal, cast
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,7 @@ from eplb_jax.cli.arguments import (
     Nodes,
     Plot,
     PolicyName,
+    Split,
     To,
     active_gpus,
     check_seed,
@@ -72,6 +73,7 @@ def plan(
     active: Annotated[
         str | None, Option(metavar="GPUS", help="GPUs that are alive, such as 0-5,7; default: all.")
     ] = None,
+    split: Split = None,
     format: LoadFormat = None,
     output: Annotated[
         Path | None, Option("-o", "--output", help="Plan file to write; - for standard output.")
@@ -111,7 +113,8 @@ def plan(
     alive = active_gpus(active, topology.num_gpus)
     options: dict[str, Any] = {"policy": policy, "strategy": strategy, "key": jax.random.key(seed)}
     options |= {"previous": old, "active": alive, "max_moves": max_moves}
-    options |= {"move_penalty": move_penalty}
+    shared = cast(Literal["flexible"] | None, split)  # checked by the plan
+    options |= {"move_penalty": move_penalty, "split": shared}
     options |= {"tolerance": TOLERANCE if tolerance is None else tolerance}
     console, error = Console(highlight=False, stderr=STDOUT in (output, json_file)), _stderr()
     with error.status("compiling and planning"):
@@ -121,10 +124,10 @@ def plan(
     before = balance_of(jnp.asarray(gpu_loads_in_order(loads, topology.num_gpus), jnp.float32))
     columns = {"no balancer": before}
     if old is not None and old.shape == placement.phy2log.shape and alive is None:
-        columns["in place"] = balance(loads, old, topology)
-    columns["plan"] = balance(loads, placement, topology)
+        columns["in place"] = balance(loads, old, topology, split=shared)
+    columns["plan"] = balance(loads, placement, topology, split=shared)
     whole = alive is None and bool(np.all(topology.slots_of_gpu))
-    above = gap(loads, placement, topology) if whole else None
+    above = gap(loads, placement, topology, split=shared) if whole else None
     console.print(_table(loads.shape, numbers, columns, above))
     if topology.num_nodes > 1:
         divides = "divide" if policy == "hierarchical" else "do not divide"

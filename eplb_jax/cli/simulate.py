@@ -1,7 +1,7 @@
 """`eplb-jax simulate`: a trace replayed under several strategies."""
 
 from functools import partial
-from typing import Annotated, cast
+from typing import Annotated, Literal, cast
 
 import numpy as np
 from rich.console import Console
@@ -20,6 +20,7 @@ from eplb_jax.cli.arguments import (
     Plot,
     PolicyName,
     Replicas,
+    Split,
 )
 from eplb_jax.cli.files import STDOUT, check_drawable, check_writable, write_bytes, write_figure
 from eplb_jax.cli.results import as_json, table
@@ -67,6 +68,7 @@ def simulate(
     ] = None,
     move_penalty: Annotated[float | None, Option(help="Imbalance that a move must gain.")] = None,
     shuffle: Annotated[int | None, Option(metavar="SEED", help="Shuffle the windows.")] = None,
+    split: Split = None,
     format: LoadFormat = None,
     plot: Plot = None,
     json_file: Json = None,
@@ -89,12 +91,14 @@ def simulate(
     checked = cast(Policy, policy)  # by the first plan
     limits = {"keep": keep, "tolerance": tolerance, "max_moves": max_moves}
     limits["move_penalty"] = move_penalty
+    shared = cast(Literal["flexible"] | None, split)  # checked by the first plan
     sizes = {
         "recent": as_count("window", window),
         "remembered": as_count("memory", memory, least=0),
     }
     planners = {
-        x: plan_from_history(topology, policy=checked, strategy=x, **limits, **sizes) for x in names
+        x: plan_from_history(topology, policy=checked, strategy=x, split=shared, **limits, **sizes)
+        for x in names
     }
     planners[LAST_WINDOW] = plan_from_last_window(topology, policy=checked)
     none = without_balancer(counts, topology, window=window)
@@ -110,6 +114,7 @@ def simulate(
                 window=window,
                 every=every,
                 all_past=True,
+                split=shared,
                 on_window=advance,
             )
     results[NO_BALANCER] = none

@@ -50,6 +50,7 @@ def decide(
     serves: float,
     seconds_per_token: float | None = None,
     measured_seconds: ArrayLike | None = None,
+    split: Literal["flexible"] | None = None,
     margin: float = 0.5,
     confidence: float = 1.0,
 ) -> Decision:
@@ -74,6 +75,7 @@ def decide(
         seconds_per_token: Time of one token of one expert on a GPU; None with measured_seconds.
         measured_seconds: [T], the time that the experts of all layers took in every window with
             the old plan in place; it gives the time of a token.
+        split: "flexible": replicas share tokens as by `runtime.split_load`. None: equally.
         margin: Fraction by which the gain must exceed the cost. This hysteresis stops similar plans
             from replacing each other in turn.
         confidence: Number of standard errors by which the gain must differ from the cost.
@@ -99,7 +101,7 @@ def decide(
     bandwidth, serves = _positive("bandwidth", bandwidth), _positive("serves", serves)
     margin = _positive("margin", margin, zero=True)
     confidence = _positive("confidence", confidence, zero=True)
-    before, after = (_max_load(array, plan, topology) for plan in (old, new))
+    before, after = (_max_load(array, plan, topology, split) for plan in (old, new))
     token = _token_seconds(seconds_per_token, measured_seconds, before)
 
     saved = (before - after) * token  # [T, L]
@@ -134,10 +136,13 @@ def _rate(gain: Float[np.ndarray, " L"], size: Int[np.ndarray, " L"]) -> np.ndar
 
 
 def _max_load(
-    load: Float[Array, "*TL E"] | np.ndarray, plan: Placement | LoadLike, topology: Topology | int
+    load: Float[Array, "*TL E"] | np.ndarray,
+    plan: Placement | LoadLike,
+    topology: Topology | int,
+    split: Literal["flexible"] | None,
 ) -> Float[np.ndarray, "T L"]:
     """Tokens of the most loaded GPU, in float64."""
-    gpu_load = np.asarray(gpu_loads(load, plan, topology), np.float64)
+    gpu_load = np.asarray(gpu_loads(load, plan, topology, split=split), np.float64)
     return gpu_load.max(axis=-1).reshape(len(load) if load.ndim == 3 else 1, -1)
 
 

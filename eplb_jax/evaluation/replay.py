@@ -7,7 +7,7 @@ runs on the host and cannot be traced.
 from collections.abc import Callable
 from functools import partial
 from time import perf_counter
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -80,11 +80,12 @@ def replay(
     every: int = 1,
     all_past: bool = False,
     previous: Placement | None = None,
+    split: Literal["flexible"] | None = None,
     on_window: Callable[[], object] | None = None,
 ) -> Replay:
     """Balance, moves and planning time of a planner that only sees the past of a trace.
 
-    The replicas of an expert share its load equally. Besides planning, a plan of 58 layers of 288
+    Besides planning, a plan of 58 layers of 288
     slots takes about 10 ms on a CPU core, most of it to count moves.
 
     Args:
@@ -98,6 +99,7 @@ def replay(
         all_past: Whether the planner is called with ``trace[:t]`` instead, all windows so far.
         previous: The plan in place at first. None: there is none, and the first
             plan counts no moves.
+        split: "flexible": replicas share every window as by `runtime.split_load`. None: equally.
         on_window: Called after every measured window.
 
     Returns:
@@ -125,7 +127,7 @@ def replay(
         new, took, compiled = time_plan(make, compiles=len(seconds) < 2)
         seconds.append(took)
         compile_seconds += compiled
-        gpu_load.append(gpu_loads(loads[t : t + every], new, topology))
+        gpu_load.append(gpu_loads(loads[t : t + every], new, topology, split=split))
         if placed is not None:
             moved.append(np.sum(moves(placed, new, topology).received, axis=1))
         placed = new
@@ -163,13 +165,14 @@ def plan_from_windows(
     tolerance: float | None = TOLERANCE,
     max_moves: int | None = None,
     move_penalty: float | None = None,
+    split: Literal["flexible"] | None = None,
 ) -> Planner:
     """A planner that uses all past windows, by `eplb_jax.plan`, whose arguments these are.
 
     With `keep` the plan in place is passed as `previous`, which `tolerance` and the limits on moves
     are about.
     """
-    options: dict[str, Any] = {"policy": policy, "strategy": strategy}
+    options: dict[str, Any] = {"policy": policy, "strategy": strategy, "split": split}
     return _planner(topology, keep, tolerance, max_moves, move_penalty, **options)
 
 

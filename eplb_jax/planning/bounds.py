@@ -1,7 +1,7 @@
 """A lower bound on the maximum GPU load of any plan."""
 
 from functools import partial
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +33,11 @@ class _Between(NamedTuple):
 
 
 def plan_bound(
-    load: LoadLike, topology: Topology, *, speed: ArrayLike | Array | None = None
+    load: LoadLike,
+    topology: Topology,
+    *,
+    split: Literal["flexible"] | None = None,
+    speed: ArrayLike | Array | None = None,
 ) -> Float[Array, "*L"]:
     """A lower bound on the maximum GPU load of any plan, whatever its replica counts.
 
@@ -50,6 +54,8 @@ def plan_bound(
     Args:
         load: [E], [L, E] or [T, L, E] loads in any unit.
         topology: GPUs and slots, at least E in total; nodes and groups are ignored.
+        split: "flexible": of any plan under any split, which is the mean GPU load or the largest
+            replica of the best counts. None: replicas share the load of an expert equally.
         speed: Of every GPU, [G]; None: equal.
 
     Returns:
@@ -68,7 +74,7 @@ def plan_bound(
     check_topology(topology)
     check_experts(topology, array.shape[-1])
     bound = partial(_plan_bound, num_replicas=topology.num_replicas, num_gpus=topology.num_gpus)
-    if speed is not None or not isinstance(topology.slots, int):
+    if split is not None or speed is not None or not isinstance(topology.slots, int):
         takes = jnp.asarray(np.array(topology.slots_of_gpu) > 0)
         speeds = as_speed(speed, topology)
         speeds = jnp.where(takes, 1.0 if speeds is None else speeds, 0)

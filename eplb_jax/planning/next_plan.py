@@ -23,6 +23,7 @@ from eplb_jax.planning.per_node import fresh_plan
 from eplb_jax.planning.placement import count_replicas, ranks_in, ranks_listed
 from eplb_jax.planning.strategies import Strategy
 from eplb_jax.sharding import by_layers
+from eplb_jax.splitting.search import search
 from eplb_jax.transition.completion import complete_plan
 from eplb_jax.transition.local_search import Goal, improve_plan, plan_cost
 from eplb_jax.transition.relabel import relabel
@@ -174,3 +175,35 @@ def elastic_plan(
         goal = goal._replace(max_moves=jnp.maximum(goal.max_moves, least))
         new, _, _ = improve_plan(windows, start, held, goal, **nodes)
     return Replication(new, ranks_in(new), count_replicas(new, num_experts))
+
+
+@by_layers
+@partial(jax.jit, static_argnames=("topology", "hierarchical", "strategy"))
+def flexible_plan(
+    load: Float[Array, "*T L E"] | History,
+    weights: Float[Array, " T"] | None,
+    key: Key[Array, ""] | None,
+    old: Placement | None,
+    limits: Limits,
+    *,
+    topology: Topology,
+    hierarchical: bool,
+    strategy: Strategy,
+) -> Replication:
+    """A plan for a flexible split: from the plan in place, or from one for an equal split."""
+    forecast = forecast_of(load, weights, summed=not strategy.distinct)
+    search_in = topology if hierarchical else topology.one_node
+    if old is None:
+        fresh = fresh_plan(load, weights, key, topology=search_in, strategy=strategy)
+        start, slack, most = fresh.phy2log, jnp.zeros((), jnp.float32), as_limits(None, None, None)
+    else:
+        start, slack, most = old.phy2log, limits.tolerance * ALWAYS, limits
+    node = tuple(topology.node_of_gpu.tolist()) if hierarchical else None
+    options = {"num_gpus": topology.num_gpus, "node": node}
+    expert = search(_windows(forecast), start, slack, most.max_moves, **options)
+    if old is None:
+        rank = ranks_in(expert)
+    else:
+        same = jnp.all(expert == old.phy2log, axis=1, keepdims=True)
+        rank = jnp.where(same, ranks_listed(old), ranks_in(expert))
+    return Replication(expert, rank, count_replicas(expert, forecast.load.shape[1]))

@@ -23,7 +23,7 @@ from eplb_jax.planning.forecast import (
 )
 from eplb_jax.planning.gpus import Gpus, align, as_active, as_speed
 from eplb_jax.planning.history import History
-from eplb_jax.planning.next_plan import TOLERANCE, as_limits, elastic_plan, next_plan
+from eplb_jax.planning.next_plan import TOLERANCE, as_limits, elastic_plan, flexible_plan, next_plan
 from eplb_jax.planning.per_node import fresh_plan
 from eplb_jax.planning.placement import as_placement, place
 from eplb_jax.planning.policy import Policy, is_hierarchical, resolve_policy
@@ -47,6 +47,7 @@ def plan(
     tolerance: float | None = TOLERANCE,
     max_moves: int | None = None,
     move_penalty: float | None = None,
+    split: Literal["flexible"] | None = None,
     check: bool = True,
 ) -> Placement:
     """Choose the expert of every physical slot, from measured loads.
@@ -97,6 +98,11 @@ def plan(
         max_moves: Per layer, the maximum number of slots that receive an expert from another GPU;
             0 keeps the plan in place. None: no limit. Experts that have no slot come on top.
         move_penalty: Imbalance (max / mean GPU load - 1) that a move must gain.
+        split: "flexible": a plan for tokens that replicas share as the load at hand wants
+            (`runtime.split_load`). In these windows it is never worse for that than the plan it
+            starts from: one for equal shares, or `previous`, which changes where a window is more
+            than `tolerance` times 1 % above the mean. GPUs must be alive and equal. None: a plan
+            for replicas that share the load of their expert equally.
         check: Whether to reject loads that are NaN, infinite or negative. Checking a JAX array
             waits for its device; without it such loads count as inside `jax.jit`.
 
@@ -123,7 +129,7 @@ def plan(
     options = {"weights": weights, "policy": policy, "strategy": strategy, "key": key}
     options |= {"previous": previous, "previous_gpus": previous_gpus, "check": check}
     options |= {"active": active, "speed": speed, "tolerance": tolerance}
-    options |= {"max_moves": max_moves, "move_penalty": move_penalty}
+    options |= {"max_moves": max_moves, "move_penalty": move_penalty, "split": split}
     return place(plan_replicas(load, topology, **options))
 
 
@@ -223,6 +229,7 @@ def _plan_replicas(
     tolerance: float | None = TOLERANCE,
     max_moves: int | None = None,
     move_penalty: float | None = None,
+    split: Literal["flexible"] | None = None,
 ) -> Replication:
     """The checks of `plan`, and the choice of what to run. Loads are checked already."""
     num_layers, num_experts = layers_and_experts(load)
@@ -243,6 +250,14 @@ def _plan_replicas(
     if previous is not None and not elastic:
         moved = previous_gpus is not None
         elastic = not _holds_all(previous, topology.num_replicas, num_experts, moved)
+    if split is not None:
+        if split != "flexible":
+            raise ValueError(f'split={split!r} is not known; nearest: split="flexible"')
+        if elastic or move_penalty is not None:
+            raise ValueError(
+                'split="flexible" needs equal GPUs that are all alive, a whole plan in place, and '
+                "takes no move_penalty"
+            )
     if elastic:
         old = None
         if previous is not None:
@@ -251,6 +266,8 @@ def _plan_replicas(
     search = topology if hierarchical else topology.one_node
     fresh = partial(fresh_plan, *seen, as_key(key), topology=search, strategy=chosen)
     if previous is None:
+        if split is not None:
+            return flexible_plan(*seen, as_key(key), None, limits, **options)
         return fresh()
     old = as_placement(previous, "previous", num_experts)
     wanted = num_layers, topology.num_replicas
@@ -259,6 +276,8 @@ def _plan_replicas(
             f"previous must have the shape [layers, slots] = {wanted} and {num_experts} experts, "
             f"got {old.phy2log.shape} and {old.logcnt.shape[-1]} beside {name}"
         )
+    if split is not None:
+        return flexible_plan(*seen, as_key(key), old, limits, **options)
     if tolerance is None:
         nodes = {"topology": topology, "hierarchical": hierarchical}
         return relabel(fresh(), old.phy2log, **nodes)

@@ -2,16 +2,14 @@
 
 from functools import partial
 
-import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Float
 
-from eplb_jax.arrays import sanitise
 from eplb_jax.checks import LoadLike, as_count, as_load
 from eplb_jax.planning.placement import as_placement
 from eplb_jax.sharding import spec_of, under_auto
-from eplb_jax.splitting.shares import split_of_layer
+from eplb_jax.splitting.shares import split_of_layers
 from eplb_jax.types import Placement, Topology, check_topology
 
 
@@ -62,20 +60,5 @@ def split_load(
         )
     check_topology(topology, plan.phy2log.shape[-1])
     _ = topology.slots_per_gpu  # raises where GPUs differ
-    split = partial(_split_load, num_gpus=topology.num_gpus, steps=steps)
+    split = partial(split_of_layers, num_gpus=topology.num_gpus, steps=steps)
     return under_auto(split, PartitionSpec(*spec_of(array)[:-1]), array, *plan[::2])
-
-
-@partial(jax.jit, static_argnames=("num_gpus", "steps"))
-def _split_load(
-    load: Float[Array, "*TL E"],
-    phy2log: Int32[Array, "*L R"],
-    logcnt: Int32[Array, "*L E"],
-    *,
-    num_gpus: int,
-    steps: int,
-) -> Float[Array, "*TL R"]:
-    split = partial(split_of_layer, num_gpus=num_gpus, steps=steps)
-    split = jnp.vectorize(split, signature="(e),(r),(e)->(r)")
-    phy2log = jnp.broadcast_to(phy2log, (*load.shape[:-1], phy2log.shape[-1]))
-    return split(sanitise(load), phy2log, jnp.broadcast_to(logcnt, load.shape))

@@ -75,13 +75,17 @@ class _Layer(NamedTuple):
 
     Attributes:
         units: Loads as whole numbers.
-        level: The mean GPU load of every window, in these units.
+        level: The GPU load of every window that is good enough, in these units.
         scale: Factor of an excess over the level, which weighs the window.
+        away: Whether a GPU lacks an expert in the plan in place, so that it would move there.
+        max_moves: Limit of moves from the plan in place.
     """
 
     units: Float[Array, "T E"]
     level: Float[Array, " T"]
     scale: Float[Array, " T"]
+    away: Int32[Array, "E G"]
+    max_moves: Int32[Array, ""]
 
 
 class _Walk(NamedTuple):
@@ -92,6 +96,7 @@ class _Walk(NamedTuple):
         held: Replicas of every expert on every GPU.
         outside: Replicas of every expert outside of every set.
         inside: The load that cannot leave each set.
+        moves: Slots with an expert that their GPU lacks in the plan in place.
         cost: The sum of squares of excesses.
         failed: Steps in a row that did not help.
     """
@@ -100,6 +105,7 @@ class _Walk(NamedTuple):
     held: Int32[Array, "E G"]
     outside: Float[Array, "E M"]
     inside: Float[Array, "T M"]
+    moves: Int32[Array, ""]
     cost: Int32[Array, ""]
     failed: Int32[Array, ""]
 
@@ -115,6 +121,8 @@ class _State(NamedTuple):
 def search(
     windows: Float[Array, "L T E"],
     start: Int32[Array, "L R"],
+    slack: Float[Array, ""],
+    max_moves: Int32[Array, ""],
     *,
     num_gpus: int,
     node: tuple[int, ...] | None,
@@ -123,25 +131,29 @@ def search(
 
     Args:
         windows: Loads to fit, each times the square root of its weight.
-        start: The plan to begin with.
+        start: The plan to begin with, from which moves are counted.
+        slack: Imbalance that is good enough.
+        max_moves: Per layer, limit of moves.
         num_gpus: G; each has R / G slots.
         node: The node of every GPU, which experts keep to; None: they need not.
     """
     few = num_gpus <= _FEW_GPUS
     walk = _among_all_sets if few else _among_tight_sets
     walk = partial(walk, num_gpus=num_gpus, node=node)
-    return jax.vmap(walk)(windows, start)
+    return jax.vmap(walk, (0, 0, None, None))(windows, start, slack, max_moves)
 
 
 def _among_all_sets(
     windows: Float[Array, "T E"],
     start: Int32[Array, " R"],
+    slack: Float[Array, ""],
+    max_moves: Int32[Array, ""],
     *,
     num_gpus: int,
     node: tuple[int, ...] | None,
 ) -> Int32[Array, " R"]:
     sets = jnp.asarray(all_sets(num_gpus))
-    layer = _layer(windows, num_gpus)
+    layer = _layer(windows, start, slack, max_moves, num_gpus)
     layer = _with_scale(layer, _peak(_begin(layer, start, sets).inside, sets))
     first = _begin(layer, start, sets)
 
@@ -159,12 +171,14 @@ def _among_all_sets(
 def _among_tight_sets(
     windows: Float[Array, "T E"],
     start: Int32[Array, " R"],
+    slack: Float[Array, ""],
+    max_moves: Int32[Array, ""],
     *,
     num_gpus: int,
     node: tuple[int, ...] | None,
 ) -> Int32[Array, " R"]:
     small = jnp.asarray(small_sets(num_gpus, 2 if num_gpus <= _PAIRS_UP_TO else 1))
-    layer = _layer(windows, num_gpus)
+    layer = _layer(windows, start, slack, max_moves, num_gpus)
     gpu_load = _split(layer, start, num_gpus)
     layer = _with_scale(layer, jnp.max(gpu_load, axis=1))
     tight = tight_sets(layer.units, start, gpu_load, _TIGHT).reshape(-1, num_gpus)
@@ -191,14 +205,22 @@ def _among_tight_sets(
     return lax.fori_loop(0, _GENERATIONS, generation, state).best
 
 
-def _layer(windows: Float[Array, "T E"], num_gpus: int) -> _Layer:
+def _layer(
+    windows: Float[Array, "T E"],
+    start: Int32[Array, " R"],
+    slack: Float[Array, ""],
+    max_moves: Int32[Array, ""],
+    num_gpus: int,
+) -> _Layer:
     """The layer with excesses that are not scaled yet."""
     units = fixed_point(normalise(windows, 1), windows.shape[1], _LOAD_BITS)
     total = jnp.sum(units, axis=1, dtype=jnp.int32).astype(jnp.float32)
     level = jnp.maximum(total, 1) / num_gpus
     # Windows differ by their weights: largest load to largest load, as sums depend on their order.
     most = jnp.maximum(jnp.max(units, axis=1), 1).astype(jnp.float32)
-    return _Layer(units.astype(jnp.float32), level, jnp.max(windows, axis=1) / most)
+    away = (experts_on_gpus(start, windows.shape[1], num_gpus) == 0).astype(jnp.int32)
+    weight = jnp.max(windows, axis=1) / most
+    return _Layer(units.astype(jnp.float32), level * (1 + slack), weight, away, max_moves)
 
 
 def _with_scale(layer: _Layer, peak: Float[Array, " T"]) -> _Layer:
@@ -211,7 +233,8 @@ def _with_scale(layer: _Layer, peak: Float[Array, " T"]) -> _Layer:
 def _excess(layer: _Layer, peak: Float[Array, "*K T"]) -> Int32[Array, "*K T"]:
     """How far maximum loads are above the level, in whole numbers."""
     most = int((2**31 / peak.shape[-1]) ** 0.5) - 1
-    above = (unfused(peak) - layer.level) * layer.scale
+    level, scale = (x.reshape((1,) * (peak.ndim - 1) + (-1,)) for x in (layer.level, layer.scale))
+    above = (unfused(peak) - level) * scale
     return jnp.clip(above, 0, most).astype(jnp.int32)
 
 
@@ -225,7 +248,8 @@ def _begin(layer: _Layer, phy2log: Int32[Array, " R"], sets: Bool[Array, "M G"])
     outside = replicas_outside(count, sets)
     inside = loads_inside(layer.units, outside)
     cost = _cost(layer, _peak(inside, sets))
-    return _Walk(phy2log, count, outside, inside, cost, jnp.zeros((), jnp.int32))
+    moves = jnp.sum(count * layer.away, dtype=jnp.int32)
+    return _Walk(phy2log, count, outside, inside, moves, cost, jnp.zeros((), jnp.int32))
 
 
 def _sizes(sets: Bool[Array, "M G"]) -> Float[Array, " M"]:
@@ -234,7 +258,8 @@ def _sizes(sets: Bool[Array, "M G"]) -> Float[Array, " M"]:
 
 def _peak(inside: Float[Array, "*K T M"], sets: Bool[Array, "M G"]) -> Float[Array, "*K T"]:
     """The smallest possible maximum GPU load, as far as these sets say."""
-    return jnp.max(inside / _sizes(sets), axis=-1)
+    size = _sizes(sets).reshape((1,) * (inside.ndim - 1) + (-1,))
+    return jnp.max(inside / size, axis=-1)
 
 
 def _split(layer: _Layer, phy2log: Int32[Array, " R"], num_gpus: int) -> Float[Array, "T G"]:
@@ -263,7 +288,7 @@ def _step(
     slot = jnp.arange(phy2log.size, dtype=jnp.int32)
     gpu = slot // capacity
     held, outside, inside, size = walk.held, walk.outside, walk.inside, _sizes(sets)
-    ratio = inside / size
+    ratio = inside / size[None]
     peak = jnp.max(ratio, axis=1)
     tightest = first_equal(ratio.T, peak)
     tight = take_rows(sets, tightest)  # [T, G]
@@ -325,6 +350,9 @@ def _step(
     out_gain, into_gain = _now_inside(out_outside, shift), _now_inside(into_outside, -shift)
     by_out, by_into = units[:, out].T[:, :, None], units[:, into].T[:, :, None]  # [K, T, 1]
     after = inside[None] + by_out * out_gain[:, None] + by_into * into_gain[:, None]
+    back = jnp.where(alone, 0, layer.away[out, there] - layer.away[into, there])
+    moves = walk.moves + layer.away[into, here] - layer.away[out, here] + back
+    valid &= moves <= layer.max_moves
     cost = jnp.where(valid, _cost(layer, _peak(after, sets)), np.iinfo(np.int32).max)
     least = jnp.min(cost)
     k = first_equal(cost, least)
@@ -346,6 +374,7 @@ def _step(
         .add(-back),
         outside.at[x].add(shift).at[y].add(-shift),
         jnp.where(better, after[k], inside),
+        jnp.where(better, moves[k], walk.moves),
         jnp.where(better, least, walk.cost),
         jnp.where(better, 0, walk.failed + 1),
     )

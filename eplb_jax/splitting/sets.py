@@ -11,6 +11,9 @@ from jaxtyping import Array, Bool, Float, Int32
 
 from eplb_jax.arrays import ranks
 
+MOST_GPUS = 12
+"""Number of GPUs up to which all sets are looked at for a bound: 4,095."""
+
 
 @cache
 def all_sets(num_gpus: int) -> np.ndarray:

@@ -1,13 +1,33 @@
 """Shares of replicas for balanced GPUs: the linear program of a flexible split, by descent."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int32
 
+from eplb_jax.arrays import sanitise
+
 _OVERSTEP = 1.3  # step size over the safe one; with momentum, steps below 4/3 converge
+
+
+@partial(jax.jit, static_argnames=("num_gpus", "steps"))
+def split_of_layers(
+    load: Float[Array, "*TL E"],
+    phy2log: Int32[Array, "*L R"],
+    logcnt: Int32[Array, "*L E"],
+    *,
+    num_gpus: int,
+    steps: int,
+) -> Float[Array, "*TL R"]:
+    """The shares of `runtime.split_load`."""
+    split = partial(split_of_layer, num_gpus=num_gpus, steps=steps)
+    split = jnp.vectorize(split, signature="(e),(r),(e)->(r)")
+    phy2log = jnp.broadcast_to(phy2log, (*load.shape[:-1], phy2log.shape[-1]))
+    return split(sanitise(load), phy2log, jnp.broadcast_to(logcnt, load.shape))
 
 
 class _Descent(NamedTuple):
