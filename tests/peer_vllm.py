@@ -1,4 +1,4 @@
-"""One process of vLLM's expert-parallel group, on a CPU: `python -m tests.peer_vllm SIZE RANK STORE`.
+"""One process of vLLM's expert-parallel group, on a CPU: `python -m tests.peer_vllm N RANK STORE`.
 
 vLLM plans with the policy that its plug-in loader has loaded, and moves weights over gloo. A slot's
 weights say which expert they are of, so that all of them can be checked after every step.
@@ -224,7 +224,7 @@ def main(size, rank, store):
         set_current_vllm_config(config),
         mock.patch("torch.Event", NoDevice),
         mock.patch("torch.accelerator.current_stream", NoDevice),
-        mock.patch("torch.accelerator.set_stream", lambda stream: None),
+        mock.patch("torch.accelerator.set_stream", return_value=None),
     ):
         parallel_state.init_distributed_environment(size, rank, f"file://{store}", rank, "gloo")
         parallel_state.initialize_model_parallel(size)

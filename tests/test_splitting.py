@@ -232,3 +232,29 @@ def test_errors():
     ]:
         with pytest.raises(ValueError, match=says):
             call()
+
+
+@pytest.mark.parametrize("windows", [None, 2])
+def test_quotas_are_shares_in_whole_tokens(windows):
+    rng = np.random.default_rng(0)
+    plan = eplb_jax.plan(lognormal(3, 16), Topology(4, slots=6), strategy=QUICK)
+    leading = (3,) if windows is None else (windows, 3)
+    load = rng.integers(0, 1000, (*leading, 16))
+    load[..., :2] = 0, 1
+    shares = rng.dirichlet(np.ones(3), (*leading, 24))[..., 0].astype(np.float32)
+    shares[..., 0, :] *= rng.random(24) < 0.5
+    tokens, first = map(np.asarray, runtime.quotas(load, plan, jnp.asarray(shares)))
+    for place in np.ndindex(*leading):
+        phy2log = np.asarray(plan.phy2log[place[-1]])
+        for expert in range(16):
+            slots, count = np.flatnonzero(phy2log == expert), load[(*place, expert)]
+            start, size = first[place][slots], tokens[place][slots]
+            parts = [np.arange(x, x + n) for x, n in zip(start, size, strict=True)]
+            np.testing.assert_array_equal(np.sort(np.concatenate(parts)), np.arange(count))
+            share = shares[place][slots]
+            if share.sum():
+                assert np.all(np.abs(size - count * share / share.sum()) <= 1.001)
+    with pytest.raises(TypeError, match="whole tokens, got dtype float32"):
+        runtime.quotas(jnp.asarray(load, jnp.float32), plan, jnp.asarray(shares))
+    with pytest.raises(ValueError, match="the plan is for"):
+        runtime.quotas(load, plan, jnp.asarray(shares[..., 1:]))
