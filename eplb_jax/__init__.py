@@ -10,8 +10,9 @@ The public names are those imported here, and those of `runtime`, `loads`, `metr
 - `History` keeps what a service has seen in bounded space: `init_history`, `update_history`,
   `merge_histories`, `save_history`, `load_history`.
 - `balancer` is the loop of a running service: `init`, `observe`, `propose`, `commit`.
-- `metrics` measures plans, also by the definitions of engines; `plan_bound` and `packing_bound` are
-  proven lower bounds. `monitoring` has numbers of a running service, for Prometheus, too.
+- `metrics` measures plans, `engine_metrics` by the definitions of engines; `plan_bound`,
+  `packing_bound` and `split_bound` are proven lower bounds. `monitoring` has numbers of a running
+  service, for Prometheus, too.
 - `moves` says what leads from one plan to another, `decide` whether it is worth it.
 - `runtime` is for use inside a running model.
 - `loads` has measured loads, `traces` synthetic ones; `replay` plans through a trace.
@@ -34,6 +35,8 @@ from eplb_jax.evaluation import monitoring as monitoring
 from eplb_jax.evaluation import traces as traces
 from eplb_jax.evaluation.decision import Decision as Decision
 from eplb_jax.evaluation.decision import decide as decide
+from eplb_jax.evaluation.engine_metrics import EngineMetrics as EngineMetrics
+from eplb_jax.evaluation.engine_metrics import engine_metrics as engine_metrics
 from eplb_jax.evaluation.metrics import Balance as Balance
 from eplb_jax.evaluation.replay import Replay as Replay
 from eplb_jax.evaluation.replay import plan_from_history as plan_from_history
@@ -42,6 +45,7 @@ from eplb_jax.evaluation.replay import plan_from_windows as plan_from_windows
 from eplb_jax.evaluation.replay import replay as replay
 from eplb_jax.evaluation.sanity import Finding as Finding
 from eplb_jax.evaluation.sanity import inspect_loads as inspect_loads
+from eplb_jax.evaluation.split_bound import split_bound as split_bound
 from eplb_jax.packing.balanced_packing import balanced_packing as balanced_packing
 from eplb_jax.packing.bounds import packing_bound as packing_bound
 from eplb_jax.planning.balancer import Balancer as Balancer

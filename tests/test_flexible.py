@@ -27,7 +27,7 @@ def test_the_bound_of_a_split_is_its_optimum(num_gpus, slots):
     plans = np.stack([random_plan(rng, num_experts, num_gpus, slots) for _ in range(8)])
     load = lognormal(8, num_experts, seed=1)
     load[0, 1:], load[1] = 0, 1  # one expert has all load, or all the same
-    bound = metrics.split_bound(load, plans, num_gpus)
+    bound = eplb_jax.split_bound(load, plans, num_gpus)
     exact = [least_max(x.astype(float), y, num_gpus) for x, y in zip(load, plans, strict=True)]
     np.testing.assert_allclose(bound, exact, rtol=1e-5)
     reached = metrics.gpu_loads(load, plans, num_gpus, split="flexible").max(axis=1)
@@ -38,7 +38,7 @@ def test_the_bound_of_a_split_is_its_optimum(num_gpus, slots):
 @pytest.mark.parametrize("case", ["many replicas", "twenty replicas", "chain"])
 def test_with_more_gpus_the_bound_is_below_the_optimum_and_near(case):
     load, plan, num_gpus = CASES[case]()
-    bound = np.asarray(metrics.split_bound(load, plan, num_gpus))
+    bound = np.asarray(eplb_jax.split_bound(load, plan, num_gpus))
     phy2log = np.asarray(plan.phy2log)
     exact = [
         least_max(np.asarray(x, float), y, num_gpus) for x, y in zip(load, phy2log, strict=True)
@@ -61,7 +61,7 @@ def flexible(history):
 
 
 def imbalance(load, plan, topology=TOPOLOGY):
-    bound = np.asarray(metrics.split_bound(load, plan, topology))
+    bound = np.asarray(eplb_jax.split_bound(load, plan, topology))
     mean = np.asarray(load).sum(axis=-1) / topology.num_gpus
     return bound / mean - 1
 

@@ -42,24 +42,24 @@ def test_definitions_of_engines():
     load[2, 3] = 0
     load[4] = 0  # nothing at all
     plan = eplb_jax.plan(lognormal(4, 32), TOPOLOGY, strategy="greedy")
-    result = metrics.engine_metrics(load, plan, TOPOLOGY)
+    result = eplb_jax.engine_metrics(load, plan, TOPOLOGY)
     for got, wanted in zip(result, by_definition(load, np.asarray(plan.phy2log), 8), strict=True):
         np.testing.assert_allclose(got, wanted, rtol=1e-5)
-    for got, window in zip(metrics.engine_metrics(load[0], plan, TOPOLOGY), result, strict=True):
+    for got, window in zip(eplb_jax.engine_metrics(load[0], plan, TOPOLOGY), result, strict=True):
         assert got == pytest.approx(window[0], rel=1e-6)
 
 
 def test_definitions_of_engines_by_hand():
     """Two GPUs: a layer of 100 and 300, a layer of 50 and 50, one without load."""
-    each = metrics.engine_metrics([[100, 300], [50, 50], [0, 0]], [[0, 1]] * 3, 2)
+    each = eplb_jax.engine_metrics([[100, 300], [50, 50], [0, 0]], [[0, 1]] * 3, 2)
     np.testing.assert_allclose(each.sglang_balancedness, (200 / 300 + 1 + 1) / 3, rtol=1e-6)
     np.testing.assert_allclose(each.vllm_balancedness, (200 + 50) / (300 + 50), rtol=1e-6)
     np.testing.assert_allclose(each.tensorrt_llm_imbalance, (0.5 + 0) / 2, rtol=1e-6)
     np.testing.assert_allclose(each.tensorrt_llm_std, np.sqrt(2 * 100**2) / 3, rtol=1e-6)
     # The case of vLLM's fault: mean and max over layers would be 1.
-    assert metrics.engine_metrics([[100, 200]] * 2, [[0, 1]] * 2, 2).vllm_balancedness == 0.75
-    assert [float(x) for x in metrics.engine_metrics([0, 0], [0, 1], 2)] == [1, 0, 0, 0]
-    assert metrics.engine_metrics([3, 1], [0, 1], 1).tensorrt_llm_std == 0
+    assert eplb_jax.engine_metrics([[100, 200]] * 2, [[0, 1]] * 2, 2).vllm_balancedness == 0.75
+    assert [float(x) for x in eplb_jax.engine_metrics([0, 0], [0, 1], 2)] == [1, 0, 0, 0]
+    assert eplb_jax.engine_metrics([3, 1], [0, 1], 1).tensorrt_llm_std == 0
 
 
 def test_a_window():

@@ -11,8 +11,9 @@ from typer import Option
 from eplb_jax.cli import inputs
 from eplb_jax.cli.arguments import Json, Load, LoadFormat, MaybeGpus, Nodes
 from eplb_jax.cli.files import STDOUT, check_writable, write_json
+from eplb_jax.evaluation.engine_metrics import engine_metrics
 from eplb_jax.evaluation.metrics import balance as balance_under
-from eplb_jax.evaluation.metrics import balance_of, engine_metrics, gpu_loads_in_order
+from eplb_jax.evaluation.metrics import balance_of, gpu_loads_in_order
 
 
 def balance(

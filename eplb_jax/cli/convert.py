@@ -55,7 +55,7 @@ def convert(
     if to is None and output.suffix.lower() in _LOADS:
         recording = inputs.read_loads(source, format, num_experts)
         if layers is not None:
-            recording = recording._replace(layers=_numbers(layers, recording.load.shape[1]))
+            recording = recording._replace(layers=_layer_numbers(layers, recording.load.shape[1]))
         recording = _merged(recording, as_count("merge", merge))
         write_loads(output, recording)
         windows, count, experts = recording.load.shape
@@ -69,7 +69,7 @@ def convert(
         if plan.topology is None and num_gpus is not None:
             plan = inputs.read_plan(source, num_gpus, num_nodes, num_groups, format=format)
     if layers is not None:
-        plan = plan._replace(layers=_numbers(layers, len(plan.phy2log)))
+        plan = plan._replace(layers=_layer_numbers(layers, len(plan.phy2log)))
     if model_layers is not None:
         plan = plan._replace(num_layers=model_layers)
     write_plan(output, plan, written)
@@ -77,7 +77,7 @@ def convert(
         echo(f"{output}: {len(plan.layers)} layers x {plan.phy2log.shape[1]} slots", err=True)
 
 
-def _numbers(text: str, count: int) -> tuple[int, ...]:
+def _layer_numbers(text: str, count: int) -> tuple[int, ...]:
     numbers = tuple(numbers_in("--layers", text))
     if len(numbers) != count or len(set(numbers)) != count:
         raise ValueError(f"--layers={text} has {len(set(numbers))} numbers for {count} layers")

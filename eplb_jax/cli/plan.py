@@ -153,12 +153,12 @@ def plan(
         phy2log = np.asarray(placement.phy2log)
         content = PlanFile(phy2log, numbers, loads.shape[-1], topology, recording.num_layers)
         write_plan(output, content, written, made | _inverse(placement))
-    numbers_of = {k: {"imbalance": _by_layer(x.imbalance)} for k, x in columns.items()}
+    numbers_of = {k: {"imbalance": _mean_over_windows(x.imbalance)} for k, x in columns.items()}
     write_json(
         json_file,
         made
         | {"layers": numbers, "columns": numbers_of, "phy2log": placement.phy2log}
-        | {"gap": None if above is None else _by_layer(above)}
+        | {"gap": None if above is None else _mean_over_windows(above)}
         | {"copies": None if transfers is None else transfers.copies}
         | {"seconds": seconds, "compile_seconds": compile_seconds},
     )
@@ -191,19 +191,19 @@ def _table(
     for header in columns:
         table.add_column(header, justify="right")
     mean = (f"{x.mean_balancedness:.4f}" for x in columns.values())
-    each = [_by_layer(x.imbalance) for x in columns.values()]
+    each = [_mean_over_windows(x.imbalance) for x in columns.values()]
     table.add_row("balancedness (mean / max GPU load)", *mean)
     table.add_row("imbalance (max / mean GPU load - 1)", *(f"{x.mean():.2%}" for x in each))
     worst = (f"{layers[x.argmax()]}, {x.max():.2%}" for x in each)
     table.add_row("worst layer, its imbalance", *worst)
     if gaps is not None:
-        above = _by_layer(gaps)
+        above = _mean_over_windows(gaps)
         bound = f"{above.mean():.2%}, {above.max():.2%}"
         empty = [""] * (len(columns) - 1)
         table.add_row("above the proven bound (mean, worst layer)", *empty, bound)
     return table
 
 
-def _by_layer(values: jax.Array) -> np.ndarray:
+def _mean_over_windows(values: jax.Array) -> np.ndarray:
     """The mean over windows."""
     return np.asarray(values).reshape(-1, values.shape[-1]).mean(axis=0)

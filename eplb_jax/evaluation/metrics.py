@@ -15,22 +15,11 @@ from eplb_jax.planning.bounds import plan_bound
 from eplb_jax.planning.gpus import as_speed
 from eplb_jax.planning.placement import as_placement
 from eplb_jax.sharding import spec_of, under_auto
-from eplb_jax.splitting.sets import (
-    MOST_GPUS,
-    all_sets,
-    experts_on_gpus,
-    loads_inside,
-    prefix_ratios,
-    replicas_outside,
-)
 from eplb_jax.splitting.shares import split_of_layers
 from eplb_jax.types import Placement, Topology, as_topology
 
 _SPLIT_STEPS = 128
 """Steps of a flexible split: measured plans are within 1e-4 of the optimum, long chains in 5e-3."""
-
-_SGLANG_ADDS = 1e-5
-"""What SGLang adds to mean and max."""
 
 
 class Balance(NamedTuple):
@@ -193,125 +182,6 @@ def gap(
     )
     bound = plan_bound(load, topology, split=split, speed=speed)
     return jnp.where(bound > 0, most / jnp.where(bound > 0, bound, 1), 1) - 1
-
-
-def split_bound(
-    load: LoadLike, placement: Placement | LoadLike, topology: Topology | int
-) -> Float[Array, "*TL"]:
-    """The smallest possible maximum GPU load of a plan, whatever the split.
-
-    That is the maximum, over sets of GPUs, of the load of experts whose replicas are all in the
-    set, divided by its size. Exact for up to 12 GPUs. With more it is a lower bound, from the sets
-    of most loaded GPUs under a good split: within 5e-3 of what that split reaches, mostly 1e-3.
-
-    Args:
-        load: Loads in any unit: [L, E], [T, L, E] of T windows, or [E] of one layer.
-        placement: The plan, or its phy2log [L, R] or [R].
-        topology: GPUs, with equally many slots; or their number.
-
-    Returns:
-        The load in the unit of the load, with the leading axes of the load.
-
-    Raises:
-        TypeError: An argument is of the wrong kind.
-        ValueError: As `balance`.
-
-    Example:
-        >>> split_bound([3, 3, 1, 1], [0, 2, 0, 1, 0, 3], 3).tolist()
-        3.0
-
-    References:
-        Duality of the linear program of LPLB (DeepSeek-AI); MicroMoE, 2511.16947, has the sets as
-        dense subgraphs.
-    """
-    gpu_load = gpu_loads(load, placement, topology, split="flexible")
-    array = jnp.asarray(as_load(load, "load"))
-    phy2log = as_experts(placement, "placement")
-    return _split_bound(
-        array, jnp.broadcast_to(phy2log, (*array.shape[:-1], phy2log.shape[-1])), gpu_load
-    )
-
-
-@jax.jit
-def _split_bound(
-    load: Float[Array, "*TL E"], phy2log: Int32[Array, "*TL R"], gpu_load: Float[Array, "*TL G"]
-) -> Float[Array, "*TL"]:
-    num_gpus = gpu_load.shape[-1]
-
-    def of_layer(load: Array, phy2log: Array, gpu_load: Array) -> Float[Array, ""]:
-        if num_gpus > MOST_GPUS:
-            return jnp.max(prefix_ratios(load, phy2log, gpu_load)[0])
-        sets = jnp.asarray(all_sets(num_gpus))
-        held = experts_on_gpus(phy2log, load.shape[0], num_gpus)
-        inside = loads_inside(load[None], replicas_outside(held, sets))[0]
-        return jnp.max(inside / jnp.sum(sets, axis=1, dtype=jnp.int32).astype(jnp.float32))
-
-    return jnp.vectorize(of_layer, signature="(e),(r),(g)->()")(load, phy2log, gpu_load)
-
-
-class EngineMetrics(NamedTuple):
-    """What engines would report for every window, float64 [T], or [] for one window.
-
-    SGLang and vLLM report every forward pass, TensorRT-LLM the mean over iterations: the last two
-    fields, `.mean()`. A window of many passes is more balanced than they are.
-
-    Attributes:
-        sglang_balancedness: Mean over layers of mean / max GPU load, as in sglang:eplb_balancedness
-            and its server log. Layers without load count as 1.
-        vllm_balancedness: Sum over layers of mean / sum over layers of max GPU load, as in the log
-            line "EPLB step". 0 without any load.
-        tensorrt_llm_imbalance: Mean over layers of max / mean GPU load - 1: "imbalance-ratio".
-            Layers without load are left out; 0 if there are no others.
-        tensorrt_llm_std: Mean over layers of the standard deviation of GPU loads, in tokens: "std".
-            Layers without load count as 0.
-    """
-
-    sglang_balancedness: Float[np.ndarray, "*T"]
-    vllm_balancedness: Float[np.ndarray, "*T"]
-    tensorrt_llm_imbalance: Float[np.ndarray, "*T"]
-    tensorrt_llm_std: Float[np.ndarray, "*T"]
-
-
-def engine_metrics(
-    load: LoadLike, placement: Placement | LoadLike, topology: Topology | int
-) -> EngineMetrics:
-    """The balance of a plan by the definitions of engines, to compare with what they report.
-
-    All GPUs count, dead ones too. The standard deviation of one GPU, NaN in TensorRT-LLM, is 0.
-    Runs on the host and cannot be traced.
-
-    Args:
-        load: Tokens, [L, E] or [T, L, E], or [E] of one layer.
-        placement: The plan, or its phy2log.
-        topology: GPUs and slots, or the number of GPUs.
-
-    Raises:
-        TypeError: An argument is of the wrong kind.
-        ValueError: As `balance`.
-
-    Example:
-        >>> result = engine_metrics([[100, 300], [50, 50], [0, 0]], [[0, 1]] * 3, 2)
-        >>> [round(float(x), 3) for x in result]
-        [0.889, 0.714, 0.25, 47.14]
-
-    References:
-        SGLang 0.5.23, `srt/eplb/expert_distribution.py`. vLLM 0.33, `distributed/eplb/
-        eplb_state.py`; older releases took layers for ranks. TensorRT-LLM, `examples/wide_ep/
-        ep_load_balancer/report_load_statistics.py`.
-    """
-    loads = np.asarray(gpu_loads(load, placement, topology), np.float64)
-    loads = loads[None] if loads.ndim == 1 else loads
-    mean, most = loads.mean(axis=-1), np.maximum(loads.max(axis=-1), loads.mean(axis=-1))
-    busy = most > 0
-    total = most.sum(axis=-1)
-    over = np.where(busy, most / np.where(busy, mean, 1) - 1, 0)
-    spread = loads.std(axis=-1, ddof=1) if loads.shape[-1] > 1 else np.zeros_like(mean)
-    return EngineMetrics(
-        ((mean + _SGLANG_ADDS) / (most + _SGLANG_ADDS)).mean(axis=-1),
-        mean.sum(axis=-1) / np.where(total > 0, total, 1),
-        over.sum(axis=-1) / np.maximum(busy.sum(axis=-1), 1),
-        spread.mean(axis=-1),
-    )
 
 
 def balance_of(

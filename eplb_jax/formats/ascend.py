@@ -93,7 +93,7 @@ def _read_counters(source: Source) -> Recording:
         if config.get("enable_dangling_shared_expert"):
             files = {i: name for i, name in files.items() if i >= shared}  # the first devices
         if files:
-            columns = [_numbers(source, files[i]) for i in sorted(files)]
+            columns = [_counts_in(source, files[i]) for i in sorted(files)]
             shapes = {x.shape for x in columns}
             if len(shapes) > 1:
                 raise ValueError(f"the files of {phase} have different shapes: {sorted(shapes)}")
@@ -119,7 +119,7 @@ def _read_counters(source: Source) -> Recording:
     return Recording(load, layers, tuple(phases), phy2log, gpus, notes=tuple(sorted(notes)))
 
 
-def _numbers(source: Source, name: str) -> np.ndarray:
+def _counts_in(source: Source, name: str) -> np.ndarray:
     content = open_source(source.content[name])
     if content.kind != "table":  # one column
         return np.array([[int(float(x))] for x in content.content.split()])
