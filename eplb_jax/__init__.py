@@ -13,7 +13,8 @@ The public names are those imported here, and those of `runtime`, `loads`, `metr
 - `metrics` measures plans, `engine_metrics` by the definitions of engines; `plan_bound`,
   `packing_bound` and `split_bound` are proven lower bounds. `monitoring` has numbers of a running
   service, for Prometheus, too.
-- `moves` says what leads from one plan to another, `decide` whether it is worth it.
+- `moves` says what leads from one plan to another, `decide` whether it is worth it, `spares_curve`
+  what more slots are worth.
 - `runtime` is for use inside a running model.
 - `loads` has measured loads, `traces` synthetic ones; `replay` plans through a trace.
 - `formats` reads what engines recorded, and reads and writes their maps.
@@ -45,6 +46,8 @@ from eplb_jax.evaluation.replay import plan_from_windows as plan_from_windows
 from eplb_jax.evaluation.replay import replay as replay
 from eplb_jax.evaluation.sanity import Finding as Finding
 from eplb_jax.evaluation.sanity import inspect_loads as inspect_loads
+from eplb_jax.evaluation.spares import Spares as Spares
+from eplb_jax.evaluation.spares import spares_curve as spares_curve
 from eplb_jax.evaluation.split_bound import split_bound as split_bound
 from eplb_jax.packing.balanced_packing import balanced_packing as balanced_packing
 from eplb_jax.packing.bounds import packing_bound as packing_bound

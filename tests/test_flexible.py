@@ -152,6 +152,11 @@ def test_what_takes_it(flexible, history):
     gap = np.asarray(metrics.gap(TRACE[16], flexible, TOPOLOGY, split="flexible"))
     assert np.all(gap >= 0)
     assert gap.mean() <= imbalance(TRACE[16], flexible).mean() + 1e-4
+    curve = eplb_jax.spares_curve(
+        history, TRACE[16:20], Topology(8, slots=9), [5], split="flexible"
+    )
+    judged = metrics.balance(TRACE[16:20], flexible, TOPOLOGY, split="flexible")
+    assert curve == (eplb_jax.Spares(5, pytest.approx(float(judged.mean_imbalance))),)
     # Two experts with all load in 4 slots: half the load of each is the least there is.
     bound = eplb_jax.plan_bound([6, 6, 0, 0], Topology(3, slots=2), split="flexible")
     assert float(bound) == 4

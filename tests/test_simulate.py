@@ -171,6 +171,17 @@ def test_unusable_arguments_of_simulate(trace, arguments, message):
     assert result.stderr.count("\n") == 1
 
 
+def test_what_more_slots_are_worth(trace):
+    result = simulate(trace, "--spares", "3")
+    assert result.exit_code == 0, result.output
+    load, topology = np.load(trace), Topology(4, slots=3)
+    (row,) = (x.split("│") for x in result.stdout.splitlines() if x.startswith("│"))
+    assert [x.strip() for x in row[1:3]] == ["3", "6"]
+    for cell, split in ((3, None), (4, "flexible")):
+        (point,) = eplb_jax.spares_curve(load[:6], load[6:], topology, [3], split=split)
+        assert row[cell].strip() == f"{point.imbalance:.2%}"
+
+
 def test_a_load_without_windows_is_no_trace(tmp_path):
     path = tmp_path / "load.csv"
     path.write_text("1,2,3,4\n")

@@ -6,6 +6,7 @@ from typing import Annotated, Literal, cast
 import numpy as np
 from rich.console import Console
 from rich.progress import Progress
+from rich.table import Table
 from typer import Context, Option
 
 from eplb_jax.checks import as_count
@@ -21,6 +22,7 @@ from eplb_jax.cli.arguments import (
     PolicyName,
     Replicas,
     Split,
+    numbers_in,
 )
 from eplb_jax.cli.files import STDOUT, check_drawable, check_writable, write_bytes, write_figure
 from eplb_jax.cli.results import as_json, table
@@ -30,6 +32,7 @@ from eplb_jax.evaluation.replay import (
     replay,
     without_balancer,
 )
+from eplb_jax.evaluation.spares import spares_curve
 from eplb_jax.planning.history import REMEMBERED
 from eplb_jax.planning.next_plan import TOLERANCE
 from eplb_jax.planning.policy import Policy
@@ -69,6 +72,10 @@ def simulate(
     move_penalty: Annotated[float | None, Option(help="Imbalance that a move must gain.")] = None,
     shuffle: Annotated[int | None, Option(metavar="SEED", help="Shuffle the windows.")] = None,
     split: Split = None,
+    spares: Annotated[
+        str | None,
+        Option(metavar="SLOTS", help="Slots of a GPU to try, such as 4-6, on the last quarter."),
+    ] = None,
     format: LoadFormat = None,
     plot: Plot = None,
     json_file: Json = None,
@@ -120,7 +127,10 @@ def simulate(
     results[NO_BALANCER] = none
     arguments = {k: v for k, v in ctx.params.items() if k not in ("plot", "json_file")}
     arguments["strategy"] = names
-    Console(stderr=json_file == STDOUT).print(table(results, arguments, counts.shape))
+    tables = Console(stderr=json_file == STDOUT)
+    tables.print(table(results, arguments, counts.shape))
+    if spares is not None:
+        tables.print(_curves(counts, topology, numbers_in("--spares", spares)))
     if json_file is not None:
         text = as_json(results, arguments, counts.shape, order[window:])
         write_bytes(json_file, text.encode())
@@ -130,3 +140,20 @@ def simulate(
         time = "window" if shuffle is None else "window, in the order of the replay"
         shown = names[0], LAST_WINDOW
         write_figure(plot, picture_of_replays(results, shown, NO_BALANCER, window, time))
+
+
+def _curves(counts: np.ndarray, topology: Topology, slots: list[int]) -> Table:
+    """Imbalance against slots, with equal shares and with a flexible split."""
+    seen = len(counts) - max(1, len(counts) // 4)
+    table = Table("slots of a GPU", "spare slots", title="what more slots are worth, next windows")
+    curves = [
+        spares_curve(counts[:seen], counts[seen:], topology, slots, split=split)
+        for split in (None, "flexible")
+    ]
+    for header in ("equal shares", "flexible split"):
+        table.add_column(header, justify="right")
+    for points in zip(*curves, strict=True):
+        each = points[0].slots_per_gpu
+        spare = each * topology.num_gpus - counts.shape[2]
+        table.add_row(str(each), str(spare), *(f"{x.imbalance:.2%}" for x in points))
+    return table

@@ -5,7 +5,7 @@ it has not seen. Everything here runs on the host and cannot be traced.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
@@ -15,7 +15,6 @@ from jaxtyping import Float, Int
 
 from eplb_jax.checks import LOAD_AXES, LoadLike, as_load
 from eplb_jax.evaluation.decision import Decision, decide
-from eplb_jax.evaluation.metrics import balance
 from eplb_jax.evaluation.replay import (
     Replay,
     plan_from_history,
@@ -23,9 +22,10 @@ from eplb_jax.evaluation.replay import (
     replay,
     without_balancer,
 )
-from eplb_jax.planning.history import RECENT, History, init_history, update_history
+from eplb_jax.evaluation.spares import Spares, spares_curve
+from eplb_jax.planning.history import RECENT, init_history, update_history
 from eplb_jax.planning.placement import placement_of
-from eplb_jax.planning.plan import plan, plan_replicas
+from eplb_jax.planning.plan import plan
 from eplb_jax.planning.policy import resolve_policy
 from eplb_jax.transition.moves import Moves, moves
 from eplb_jax.types import Placement, Topology, check_experts
@@ -79,13 +79,6 @@ class Hot(NamedTuple):
     share: float
     before: int
     after: int
-
-
-class Spares(NamedTuple):
-    """A number of slots, and the mean imbalance in the windows to judge by with a new plan."""
-
-    slots_per_gpu: int
-    imbalance: float
 
 
 class Diagnosis(NamedTuple):
@@ -179,7 +172,7 @@ def diagnose(
     if num_windows < 2:
         raise ValueError("trace has 1 window; a report needs one to plan from and one to judge by")
     check_experts(topology, num_experts)
-    slots = topology.slots_per_gpu
+    _ = topology.slots_per_gpu  # raises where GPUs differ
     given = phy2log is not None
     if phy2log is None:
         phy2log = np.tile(in_order(num_experts, topology), (num_layers, 1))
@@ -219,7 +212,7 @@ def diagnose(
         window,
         every,
         _hottest(judged, old, new),
-        _spares(history, judged, topology, slots),
+        spares_curve(history, judged, topology, _slots_to_try(num_experts, topology)),
     )
 
 
@@ -318,22 +311,11 @@ def _hottest(judged: Float[np.ndarray, "T L E"], old: Placement, new: Placement)
     )
 
 
-def _spares(
-    history: History, judged: Float[np.ndarray, "T L E"], topology: Topology, slots: int
-) -> tuple[Spares, ...]:
-    """New plans with no, some and twice as many spare slots, each on the windows to judge by."""
-    num_experts = judged.shape[2]
+def _slots_to_try(num_experts: int, topology: Topology) -> list[int]:
+    """No spare slots, some, and twice as many as now."""
     least = -(-num_experts // topology.num_gpus)
-    now = slots - least
+    now = topology.slots_per_gpu - least
     policy = resolve_policy("auto", topology.num_groups, topology.num_nodes)
     nodes = topology.num_nodes if policy == "hierarchical" else 1
-    most = max(num_experts // nodes, slots)  # more slots than experts do nothing
-    results = []
-    for spare in sorted({0, 1, 2, now, 2 * now}):
-        if least + spare > most:
-            continue
-        larger = replace(topology, slots=least + spare)
-        phy2log = plan_replicas(history, larger).phy2log
-        imbalance = float(balance(judged, phy2log, larger).mean_imbalance)
-        results.append(Spares(least + spare, imbalance))
-    return tuple(results)
+    most = max(num_experts // nodes, least + now)  # more slots than experts do nothing
+    return [least + x for x in sorted({0, 1, 2, now, 2 * now}) if least + x <= most]
