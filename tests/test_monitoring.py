@@ -11,7 +11,7 @@ from prometheus_client.parser import text_string_to_metric_families
 import eplb_jax
 from eplb_jax import Topology, metrics, monitoring
 from eplb_jax.evaluation.monitoring import METRICS, Exporter, plan_metrics, window_metrics
-from tests.helpers import QUICK, lognormal
+from tests.helpers import lognormal
 
 TOPOLOGY = Topology(8, slots=6)
 
@@ -127,27 +127,25 @@ def samples(registry):
     return values, kinds, {x.name: x.documentation for x in families}
 
 
-def test_the_loop_of_a_balancer():
+def test_windows_and_plans_of_a_service():
     registry = CollectorRegistry()
     exporter = Exporter(registry)
-    service = eplb_jax.balancer(TOPOLOGY, strategy=QUICK)
-    state, moved = service.init(4, 32), 0
+    history, moved, age = eplb_jax.init_history(4, 32), 0, 0
+    plan = eplb_jax.placement_of(np.tile(np.arange(48) % 32, (4, 1)))
     for seed in range(3):
-        load = lognormal(4, 32, seed=seed)
-        state = service.observe(state, load)
-        exporter.update(window_metrics(load, state.plan, TOPOLOGY, age=state.age))
+        load, age = lognormal(4, 32, seed=seed), age + 1
+        history = eplb_jax.update_history(history, load)
+        exporter.update(window_metrics(load, plan, TOPOLOGY, age=age))
         if seed < 2:
-            old, proposal = state.plan, service.propose(state)
-            moves, seen = proposal.moves, state.history
+            old, plan, age = plan, eplb_jax.plan(history, TOPOLOGY, strategy="greedy"), 0
+            moves = eplb_jax.moves(old, plan, TOPOLOGY)
             numbers = plan_metrics(
-                seen, proposal.plan, TOPOLOGY, moves=moves, bytes_per_expert=1000, seconds=0.5
+                history, plan, TOPOLOGY, moves=moves, bytes_per_expert=1000, seconds=0.5
             )
             exporter.update(numbers)
-            state = service.commit(state, proposal)
-            received = eplb_jax.moves(old, state.plan, TOPOLOGY).received
-            moved += int(np.asarray(received).sum())
+            moved += int(np.asarray(moves.received).sum())
     values, kinds, _ = samples(registry)
-    measured = metrics.balance(load, state.plan, TOPOLOGY)
+    measured = metrics.balance(load, plan, TOPOLOGY)
     seen = np.stack([lognormal(4, 32, seed=seed) for seed in range(2)])
     assert values == pytest.approx(
         {
@@ -156,7 +154,7 @@ def test_the_loop_of_a_balancer():
             ("eplb_worst_layer",): int(measured.imbalance.argmax()),
             ("eplb_plan_age_windows",): 1,
             ("eplb_balancedness_predicted",): float(
-                metrics.balance(seen, state.plan, TOPOLOGY).mean_balancedness
+                metrics.balance(seen, plan, TOPOLOGY).mean_balancedness
             ),
             ("eplb_planning_seconds",): 0.5,
             ("eplb_plans_total",): 2,
