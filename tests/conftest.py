@@ -29,6 +29,8 @@ install_import_hook("eplb_jax", "tests.typecheck.check")
 
 FLAGS = os.environ["XLA_FLAGS"]
 
+collect_ignore_glob = ["peer_*.py"]  # programs that import engines; test_peers.py runs them
+
 
 def pytest_collection_finish():
     """No module that was collected has changed the flags: three times the time otherwise."""
