@@ -29,8 +29,7 @@ install_import_hook("eplb_jax", "tests.typecheck.check")
 
 FLAGS = os.environ["XLA_FLAGS"]
 
-# They import engines, whose environment has no tests: test_peers.py runs them there.
-collect_ignore_glob = ["peer_*.py"]
+collect_ignore_glob = ["peer_*.py"]  # programs that import engines; test_peers.py runs them
 
 
 def pytest_collection_finish():

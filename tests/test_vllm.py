@@ -1,4 +1,4 @@
-"""The contract of vLLM, on stubs."""
+"""The contract of vLLM, on stubs; `test_peers.py` runs vLLM itself."""
 
 import threading
 from importlib.metadata import entry_points
