@@ -101,8 +101,9 @@ def plan(
         split: "flexible": a plan for tokens that replicas share as the load at hand wants
             (`runtime.split_load`). In these windows it is never worse for that than the plan it
             starts from: one for equal shares, or `previous`, which changes where a window is more
-            than `tolerance` times 1 % above the mean. GPUs must be alive and equal. None: a plan
-            for replicas that share the load of their expert equally.
+            than `tolerance` times 1 % above the mean. GPUs must be alive and equal; with more than
+            8, plans as good may differ with the layers planned beside. None: a plan for replicas
+            that share the load of their expert equally.
         check: Whether to reject loads that are NaN, infinite or negative. Checking a JAX array
             waits for its device; without it such loads count as inside `jax.jit`.
 

@@ -10,7 +10,8 @@ Up to 8 GPUs the family is all sets, and the sum is exact. With more, it is smal
 that were tight in plans so far; every generation of steps begins with splits of the best plan,
 which add their tight sets, and ends with a check by such splits.
 
-All sums are of whole numbers: plans do not depend on the order of additions.
+Sums over sets are of whole numbers and do not depend on the order of additions. Splits are of
+floats: with more than 8 GPUs a plan may depend, between equals, on the layers planned with it.
 """
 
 from functools import partial
