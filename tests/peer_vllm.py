@@ -25,7 +25,7 @@ from vllm.distributed.eplb.policy import EPLB_POLICIES, DefaultEplbPolicy
 from vllm.model_executor.models.interfaces import MixtureOfExperts
 
 import eplb_jax
-from tests.peers import (
+from tests.ranks import (
     EXPERTS,
     GROUPS,
     LAYERS,

@@ -1,5 +1,6 @@
 """vLLM and SGLang themselves, in processes of an environment of their own: `make peers`."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ def test_weights_move_by_our_plans(engine, size):
     run = subprocess.run(
         [PYTHON, "-m", f"tests.peer_{engine}", str(size)],
         cwd=ROOT,
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "JAX_PLATFORMS": "cpu"},
         capture_output=True,
         text=True,
         timeout=600,
