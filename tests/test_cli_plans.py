@@ -155,6 +155,7 @@ def test_windows_are_merged_by_phase(files):
     assert (found.layers, found.phases) == ((8, 4), ("prefill", "decode", "decode"))
     message = error("convert", "passes.npz", "-o", "new.npz", "--layers", "3-6")
     assert "--layers=3-6 has 4 numbers for 2 layers" in message
+    assert "use one of: .npz, .csv, .json, .yaml" in error("convert", "passes.npz", "-o", "new.txt")
 
 
 def test_a_converted_plan_may_get_other_layers(files, old):

@@ -11,7 +11,14 @@ from eplb_jax import formats
 from eplb_jax.checks import as_count
 from eplb_jax.cli import inputs
 from eplb_jax.cli.arguments import Groups, LoadFormat, MaybeGpus, Nodes, To, numbers_in
-from eplb_jax.cli.files import STDOUT, check_writable, plan_format, write_bytes, write_plan
+from eplb_jax.cli.files import (
+    PLANS,
+    STDOUT,
+    check_writable,
+    plan_format,
+    write_bytes,
+    write_plan,
+)
 from eplb_jax.files import write_whole
 
 _LOADS = (".npz", ".csv")
@@ -61,6 +68,9 @@ def convert(
         windows, count, experts = recording.load.shape
         echo(f"{output}: {windows} windows x {count} layers x {experts} experts", err=True)
         return
+    if to is None and output != STDOUT and output.suffix.lower() not in PLANS:
+        kinds = ", ".join((*_LOADS, *PLANS))
+        raise ValueError(f"{output}: unknown kind of file; use one of: {kinds}, or --to")
     written = plan_format(output, to)
     if written in ("eplb-jax", "ascend", "verl"):
         plan = inputs.read_plan(source, num_gpus, num_nodes, num_groups, format=format)

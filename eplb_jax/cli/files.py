@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 STDOUT = Path("-")
 PICTURES = (".png", ".svg", ".pdf")
-_PLANS = {".json": "eplb-jax", ".yaml": "tensorrt-llm", ".yml": "tensorrt-llm"}
+PLANS = {".json": "eplb-jax", ".yaml": "tensorrt-llm", ".yml": "tensorrt-llm"}
 """The format of a plan file by its suffix."""
 
 
@@ -49,12 +49,12 @@ def plan_format(path: Path | None, to: str | None) -> str:
         ValueError: Neither says which.
     """
     if to is None and path is not None and path != STDOUT:
-        if path.suffix.lower() not in _PLANS:
+        if path.suffix.lower() not in PLANS:
             raise ValueError(
                 f"{path}: the suffix {path.suffix!r} names no format of plans; "
                 f"use .json or .yaml, or --to: {WRITTEN}"
             )
-        to = _PLANS[path.suffix.lower()]
+        to = PLANS[path.suffix.lower()]
     to = "eplb-jax" if to is None else to
     if to not in WRITTEN.split(", "):
         raise ValueError(f"--to={to} cannot be written; choose one of: {WRITTEN}")
