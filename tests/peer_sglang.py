@@ -6,6 +6,7 @@ gloo. A slot's weights say which expert they are of, so that all of them can be 
 
 import importlib.abc
 import importlib.machinery
+import os
 import sys
 import types
 from unittest import mock
@@ -79,6 +80,7 @@ from sglang.srt.eplb.expert_location import (
 )
 from sglang.srt.eplb.expert_location_updater import ExpertLocationUpdater
 from sglang.srt.models import registry  # noqa: F401  it imports all models: once, before the fork
+from sglang.srt.plugins import load_plugins
 from sglang.srt.runtime_context import get_context, get_exec, get_parallel
 
 
@@ -145,7 +147,10 @@ def check_same_plans_as_sglang():
 
 def check_rebalance(size, rank):
     """Two rebalancings by `EPLBManager`, a layer after every forward pass."""
-    eplb_torch.sglang.install()
+    before = eplb_algorithms.rebalance_experts
+    with mock.patch.dict(os.environ, {eplb_torch.sglang.VARIABLE: "1"}):
+        load_plugins()  # SGLang's own loader of plug-ins
+    assert eplb_algorithms.rebalance_experts is not before
     config = model_config()
     location = compute_initial_expert_location_metadata(config, rank)
     set_global_expert_location_metadata(location)

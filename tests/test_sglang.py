@@ -2,6 +2,7 @@
 
 import enum
 import types
+from importlib.metadata import entry_points
 
 import eplb_torch
 import pytest
@@ -76,6 +77,25 @@ def test_sglang_install(monkeypatch):
         expected = torch_oracle.rebalance_experts(LOAD, *COUNTS)
         maps = call(LOAD, 48, 6, 4, 2, algorithm=Algorithm.deepseek_hierarchical)
         assert all(torch.equal(x, y) for x, y in zip(maps, expected, strict=True))
+
+
+def test_sglang_loads_the_plugin_by_its_entry_point(monkeypatch):
+    eplb = modules(monkeypatch, sglang__srt__eplb={})
+    eplb.eplb_algorithms = types.SimpleNamespace(rebalance_experts=None)
+    (plugin,) = (x for x in entry_points(group="sglang.srt.plugins") if x.name == "eplb_torch")
+    register = plugin.load()
+    for value in ("", "0"):
+        monkeypatch.setenv(sglang.VARIABLE, value)
+        register()
+        assert eplb.eplb_algorithms.rebalance_experts is None
+    monkeypatch.setenv(sglang.VARIABLE, "greedy")
+    register()
+    maps = eplb.eplb_algorithms.rebalance_experts(LOAD, 48, 6, 4, 2, "deepseek_hierarchical")
+    expected = torch_oracle.rebalance_experts(LOAD, *COUNTS)
+    assert all(torch.equal(x, y) for x, y in zip(maps, expected, strict=True))
+    monkeypatch.setenv(sglang.VARIABLE, "fastest")
+    with pytest.raises(ValueError, match=r"EPLB_TORCH_SGLANG=fastest: .* choose one of: auto"):
+        register()
 
 
 def test_sglang_with_dead_ranks(monkeypatch):

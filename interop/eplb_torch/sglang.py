@@ -1,10 +1,13 @@
 """SGLang: plans for its expert-parallel load balancer.
 
-Call `install()` in every process that plans, before SGLang makes its first plan. Options are
-environment variables, too: see `eplb_torch.memory`.
+With EPLB_TORCH_SGLANG=1, or set to the name of a strategy, SGLang's processes load this module
+through the entry point `sglang.srt.plugins`. In Python, call `install()` in every process that
+plans, before SGLang makes its first plan. Other options are environment variables: see
+`eplb_torch.memory`.
 """
 
 import dataclasses
+import os
 from typing import Any
 
 import torch
@@ -12,6 +15,9 @@ import torch
 import eplb_torch.eplb
 from eplb_jax import Strategy, resolve_strategy
 from eplb_torch.memory import Memory, Options, options_of_environment
+
+VARIABLE = "EPLB_TORCH_SGLANG"
+"""The environment variable that `register` reads: 1, or the name of a strategy."""
 
 _WINDOWS = 8
 """Windows that the steps of a call are added up to: a step is too short to say much."""
@@ -33,9 +39,11 @@ def rebalance_experts(
     """Plan from measured loads, with SGLang's arguments.
 
     Args:
-        tokens_per_expert: [T, L, E], loads of T steps, oldest first, or [L, E]. Consecutive steps
-            are added up to at most 8 windows; strategies that do not use windows, such as
-            "greedy", plan for the sum of all, as SGLang does.
+        tokens_per_expert: [T, L, E], loads of T steps, oldest first, or [L, E]. SGLang's recorder
+            hands on its ring as it lies, so that the first step need not be the oldest, which costs
+            some of what recent windows are worth. Consecutive steps are added up to at most 8
+            windows; strategies that do not use windows, such as "greedy", plan for the sum of all,
+            as SGLang does.
         num_physical_experts: R, physical slots of a layer.
         num_local_physical_experts: Slots of one GPU; divides R.
         num_groups: Groups of consecutive experts; None for a model without.
@@ -138,6 +146,20 @@ def install(strategy: str | Strategy | None = None, *, options: Options | None =
         return rebalance_experts(*arguments, options=chosen, memory=memory)
 
     eplb_algorithms.rebalance_experts = rebalance
+
+
+def register() -> None:
+    """Call `install` if the environment variable is set: the entry point for SGLang.
+
+    Raises:
+        ValueError: The variable is not the name of a strategy.
+    """
+    wanted = os.environ.get(VARIABLE, "0")
+    if wanted not in ("", "0"):
+        try:
+            install(None if wanted == "1" else wanted)
+        except ValueError as error:
+            raise ValueError(f"{VARIABLE}={wanted}: {error}") from error
 
 
 def _active_ranks() -> torch.Tensor | None:
