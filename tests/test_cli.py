@@ -118,6 +118,12 @@ def test_layers_without_load_can_be_drawn(tmp_path):
     assert "<svg" in plot.read_text()
 
 
+def test_a_policy_that_was_asked_for_is_not_explained(load):
+    result = run(load, *COUNTS, "--strategy", "greedy", "--policy", "global")
+    assert result.exit_code == 0, result.output
+    assert "policy:" not in result.stdout
+
+
 def test_the_seed_decides(load, tmp_path):
     plans = []
     for seed in (1, 1, 2):

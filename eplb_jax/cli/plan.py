@@ -109,6 +109,7 @@ def plan(
                 num_replicas, topology.num_gpus, topology.num_nodes, topology.num_groups
             )
     loads = loads[0] if len(loads) == 1 else loads.sum(axis=0) if total else loads
+    asked = policy
     policy = resolve_policy(cast(Policy, policy), topology.num_groups, topology.num_nodes)
     alive = active_gpus(active, topology.num_gpus)
     options: dict[str, Any] = {"policy": policy, "strategy": strategy, "key": jax.random.key(seed)}
@@ -129,7 +130,7 @@ def plan(
     whole = alive is None and bool(np.all(topology.slots_of_gpu))
     above = gap(loads, placement, topology, split=shared) if whole else None
     console.print(_table(loads.shape, numbers, columns, above))
-    if topology.num_nodes > 1:
+    if asked == "auto" and topology.num_nodes > 1:
         divides = "divide" if policy == "hierarchical" else "do not divide"
         nodes, groups = topology.num_nodes, topology.num_groups
         console.print(f"policy: {policy}, as {nodes} nodes {divides} {groups} groups")
