@@ -22,6 +22,7 @@ from eplb_jax.cli.files import (
 from eplb_jax.files import write_whole
 
 _LOADS = (".npz", ".csv")
+_NEED_GPUS = ("eplb-jax", "ascend", "verl")
 
 
 def convert(
@@ -72,12 +73,9 @@ def convert(
         kinds = ", ".join((*_LOADS, *PLANS))
         raise ValueError(f"{output}: unknown kind of file; use one of: {kinds}, or --to")
     written = plan_format(output, to)
-    if written in ("eplb-jax", "ascend", "verl"):
-        plan = inputs.read_plan(source, num_gpus, num_nodes, num_groups, format=format)
-    else:  # formats that do not need the GPUs
-        plan = formats.read_plan(source, format)
-        if plan.topology is None and num_gpus is not None:
-            plan = inputs.read_plan(source, num_gpus, num_nodes, num_groups, format=format)
+    plan = formats.read_plan(source, format)
+    if written in _NEED_GPUS or (plan.topology is None and num_gpus is not None):
+        plan = inputs.with_topology(plan, source, num_gpus, num_nodes, num_groups)
     if layers is not None:
         plan = plan._replace(layers=_layer_numbers(layers, len(plan.phy2log)))
     if model_layers is not None:

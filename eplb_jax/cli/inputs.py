@@ -35,15 +35,21 @@ def read_plan(
     num_groups: int = 1,
     *,
     format: str | None = None,
-    num_experts: int | None = None,
 ) -> PlanFile:
-    """The plan in a file, with its topology: that of the file, or so many equal GPUs.
+    """The plan in a file, with its topology; errors are those of `with_topology`."""
+    found = formats.read_plan(name, format)
+    return with_topology(found, name, num_gpus, num_nodes, num_groups)
+
+
+def with_topology(
+    found: PlanFile, name: str, num_gpus: int | None, num_nodes: int, num_groups: int = 1
+) -> PlanFile:
+    """The plan of a file with its topology: that of the file, or so many equal GPUs.
 
     Raises:
         ValueError: The file does not say how many GPUs there are, and neither does num_gpus; or
             they differ.
     """
-    found = formats.read_plan(name, format)
     warn(f"{name}, read as {found.format}", found.notes)
     num_slots, known = found.phy2log.shape[1], found.topology
     if known is not None and num_gpus not in (None, known.num_gpus):
@@ -132,12 +138,15 @@ def two_plans(
     Raises:
         ValueError: They are for other layers, slots or GPUs.
     """
-    known = [formats.read_plan(name).topology for name in (old, new)]
-    first = next((x for x in known if x is not None), None)
+    found = [formats.read_plan(name) for name in (old, new)]
+    first = next((x.topology for x in found if x.topology is not None), None)
     if first is not None and num_gpus is None:
         num_gpus = first.num_gpus
         num_nodes = first.num_nodes if num_nodes == 1 else num_nodes
-    before, after = (read_plan(name, num_gpus, num_nodes) for name in (old, new))
+    before, after = (
+        with_topology(x, name, num_gpus, num_nodes)
+        for x, name in zip(found, (old, new), strict=True)
+    )
     if before.phy2log.shape[1] != after.phy2log.shape[1]:
         raise ValueError(
             f"{old} has {before.phy2log.shape[1]} slots and {new} has {after.phy2log.shape[1]}; "

@@ -96,6 +96,5 @@ FORMATS = (
         _is_configuration,
         read_plan=_read_configuration,
         write_plan=_write_configuration,
-        suffix=".yaml",
     ),
 )

@@ -74,7 +74,6 @@ class Format(NamedTuple):
         read_plan: The plan in a file; None for a format of loads. A format whose loads come with
             the map in place needs none.
         write_plan: The bytes of a plan file; None if the system reads none.
-        suffix: Of files that are written.
     """
 
     name: str
@@ -83,7 +82,6 @@ class Format(NamedTuple):
     read: Callable[[Source], Recording] | None = None
     read_plan: Callable[[Source], PlanFile] | None = None
     write_plan: Callable[[PlanFile], bytes] | None = None
-    suffix: str = ".json"
 
 
 def numbered(count: int) -> tuple[int, ...]:

@@ -2,7 +2,7 @@
 
 import os
 import threading
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,6 +87,20 @@ def options_of_environment(environment: Mapping[str, str] = os.environ) -> Optio
             except (KeyError, ValueError) as error:
                 raise ValueError(f"{variable}={text} is no {name}: {error}") from error
     return Options(**values)
+
+
+def install_if_asked(variable: str, install: Callable[[str | None], None]) -> None:
+    """Call `install` with a strategy, or None for 1, if the environment variable is set.
+
+    Raises:
+        ValueError: The variable is not the name of a strategy.
+    """
+    wanted = os.environ.get(variable, "0")
+    if wanted not in ("", "0"):
+        try:
+            install(None if wanted == "1" else wanted)
+        except ValueError as error:
+            raise ValueError(f"{variable}={wanted}: {error}") from error
 
 
 class Memory:

@@ -7,14 +7,13 @@ plans, before SGLang makes its first plan. Other options are environment variabl
 """
 
 import dataclasses
-import os
 from typing import Any
 
 import torch
 
 import eplb_torch.eplb
 from eplb_jax import Strategy, resolve_strategy
-from eplb_torch.memory import Memory, Options, options_of_environment
+from eplb_torch.memory import Memory, Options, install_if_asked, options_of_environment
 
 VARIABLE = "EPLB_TORCH_SGLANG"
 """The environment variable that `register` reads: 1, or the name of a strategy."""
@@ -154,12 +153,7 @@ def register() -> None:
     Raises:
         ValueError: The variable is not the name of a strategy.
     """
-    wanted = os.environ.get(VARIABLE, "0")
-    if wanted not in ("", "0"):
-        try:
-            install(None if wanted == "1" else wanted)
-        except ValueError as error:
-            raise ValueError(f"{VARIABLE}={wanted}: {error}") from error
+    install_if_asked(VARIABLE, install)
 
 
 def _active_ranks() -> torch.Tensor | None:

@@ -7,14 +7,13 @@ variables: see `eplb_torch.memory`.
 
 import dataclasses
 import logging
-import os
 from typing import Any, ClassVar
 
 import torch
 
 from eplb_jax import Strategy
 from eplb_torch.eplb import rebalance_experts
-from eplb_torch.memory import Memory, Options, options_of_environment
+from eplb_torch.memory import Memory, Options, install_if_asked, options_of_environment
 
 VARIABLE = "EPLB_TORCH_VLLM"
 """The environment variable that `register` reads: 1, or the name of a strategy."""
@@ -135,9 +134,4 @@ def register() -> None:
     Raises:
         ValueError: The variable is not the name of a strategy.
     """
-    wanted = os.environ.get(VARIABLE, "0")
-    if wanted not in ("", "0"):
-        try:
-            install(None if wanted == "1" else wanted)
-        except ValueError as error:
-            raise ValueError(f"{VARIABLE}={wanted}: {error}") from error
+    install_if_asked(VARIABLE, install)
