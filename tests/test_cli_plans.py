@@ -135,6 +135,15 @@ def test_balance_of_a_plan_and_without(files, old):
     np.testing.assert_allclose(none["imbalance"], (gpus.max(2) / gpus.mean(2) - 1).mean(0), 1e-5)
 
 
+def test_balance_under_the_map_that_a_recording_holds(files, old):
+    np.savez("run.npz", logical_count=LOAD, physical_to_logical_map=old.phy2log)
+    content = json.loads(run("balance", "run.npz", "--gpus", 4, "--json", "-").stdout)
+    balance = eplb_jax.metrics.balance(LOAD, old, TOPOLOGY)
+    by_layer = np.asarray(balance.imbalance).mean(axis=0)
+    np.testing.assert_allclose(content["imbalance"], by_layer, rtol=1e-6)
+    assert "run.npz does not say how many GPUs" in error("balance", "run.npz")
+
+
 @pytest.mark.parametrize("name", ["copy.npz", "copy.csv"])
 def test_loads_are_converted_with_their_layers(files, name):
     run("convert", "load.npz", "-o", name)

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from typer import Option
 
+from eplb_jax import formats
 from eplb_jax.cli import inputs
 from eplb_jax.cli.arguments import Json, Load, LoadFormat, MaybeGpus, Nodes
 from eplb_jax.cli.files import STDOUT, check_writable, write_json
@@ -38,7 +39,9 @@ def balance(
         if plan is not None:
             found = inputs.read_plan(plan, num_gpus, num_nodes)
         else:
-            found = inputs.read_plan(load, num_gpus, num_nodes, format=format)
+            # Its notes are those of the loads.
+            in_place = formats.map_in_place(recording)._replace(notes=())
+            found = inputs.with_topology(in_place, load, num_gpus, num_nodes)
         loads, phy2log, numbers = inputs.same_layers(recording, found, name)
         topology = inputs.topology_of(found)
         num_gpus, result = topology.num_gpus, balance_under(loads, phy2log, topology)

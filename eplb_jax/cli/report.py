@@ -11,6 +11,7 @@ import jax
 from rich.console import Console
 from typer import Argument, Option, echo
 
+from eplb_jax import formats
 from eplb_jax.cli import inputs
 from eplb_jax.cli.arguments import FILES, Groups, LoadFormat, MaybeGpus, MaybeReplicas, Nodes
 from eplb_jax.cli.files import STDOUT, check_writable, write_bytes
@@ -65,9 +66,12 @@ def report(
             f"{trace} has one window, of the shape {loads.shape[1:]}; a trace has several"
         )
     if plan is not None or (num_replicas is None and recording.phy2log is not None):
-        name = trace if plan is None else plan
-        kind = format if plan is None else None
-        in_place = inputs.read_plan(name, num_gpus, num_nodes, num_groups, format=kind)
+        sizes = num_gpus, num_nodes, num_groups
+        if plan is not None:
+            name, in_place = plan, inputs.read_plan(plan, *sizes)
+        else:  # the notes on it are those of the loads
+            name, in_place = trace, formats.map_in_place(recording)._replace(notes=())
+            in_place = inputs.with_topology(in_place, trace, *sizes)
         loads, phy2log, layers = inputs.same_layers(recording, in_place, name)
         topology = inputs.topology_of(in_place)
     elif num_replicas is None or num_gpus is None:

@@ -5,6 +5,7 @@ map in an engine's own format. Formats are recognised by content; `FORMATS` has 
 """
 
 from eplb_jax.formats.registry import FORMATS as FORMATS
+from eplb_jax.formats.registry import map_in_place as map_in_place
 from eplb_jax.formats.registry import read as read
 from eplb_jax.formats.registry import read_plan as read_plan
 from eplb_jax.formats.registry import write_plan as write_plan

@@ -74,7 +74,7 @@ def read_plan(path: str | Path, format: str | None = None) -> PlanFile:
             found = chosen.read_plan(source)
         else:
             assert chosen.read is not None  # a format reads one of the two
-            found = _map_in_place(chosen.read(source))
+            found = map_in_place(chosen.read(source))
         return found._replace(phy2log=_experts(found), format=chosen.name)
     except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
         raise _named(path, chosen, error) from error
@@ -159,7 +159,12 @@ def _checked(recording: Recording, num_experts: int | None) -> Recording:
     return recording._replace(load=load, layers=layers)
 
 
-def _map_in_place(recording: Recording) -> PlanFile:
+def map_in_place(recording: Recording) -> PlanFile:
+    """The map that a recording holds, as a plan.
+
+    Raises:
+        ValueError: It holds none.
+    """
     if recording.phy2log is None:
         raise ValueError("it holds loads, but no map")
     num_slots, num_gpus = recording.phy2log.shape[1], recording.num_gpus
@@ -170,7 +175,8 @@ def _map_in_place(recording: Recording) -> PlanFile:
         recording.load.shape[-1],
         topology,
         recording.num_layers,
-        notes=recording.notes,
+        recording.format,
+        recording.notes,
     )
 
 
