@@ -57,6 +57,7 @@ from eplb_jax.planning.balancer import balancer as balancer
 from eplb_jax.planning.balancer import load_balancer as load_balancer
 from eplb_jax.planning.balancer import save_balancer as save_balancer
 from eplb_jax.planning.bounds import plan_bound as plan_bound
+from eplb_jax.planning.cost import Cost as Cost
 from eplb_jax.planning.history import History as History
 from eplb_jax.planning.history import init_history as init_history
 from eplb_jax.planning.history import merge_histories as merge_histories
