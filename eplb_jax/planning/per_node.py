@@ -27,19 +27,25 @@ def fresh_plan(
     load: Float[Array, "*T L E"] | History,
     weights: Float[Array, " T"] | None,
     key: Key[Array, ""] | None,
+    empty: Int32[Array, "L N"] | None = None,
     *,
     topology: Topology,
     strategy: Strategy,
 ) -> Replication:
-    """A plan from loads alone; hierarchical where the topology has several nodes."""
+    """A plan from loads alone; hierarchical where the topology has several nodes.
+
+    With `empty`, so many slots of every node hold -1, less than one a GPU, on distinct GPUs.
+    """
     num_nodes, num_groups = topology.num_nodes, topology.num_groups
     forecast = forecast_of(load, weights, summed=not strategy.distinct)
     num_layers, num_experts = forecast.load.shape
     group_key, gpu_key = jax.random.split(fixed_if_none(key))
 
     counts = topology.num_replicas // num_nodes, topology.gpus_per_node
+    holes = None if empty is None else empty.reshape(-1)
     if num_nodes == 1:
-        return _place_in_node(forecast, *counts, strategy, gpu_key)
+        replicas = _place_in_node(forecast, *counts, strategy, gpu_key, holes)
+        return replicas if empty is None else _without_empty(replicas)
     group_size = num_experts // num_groups
     by_group = forecast.map(
         lambda x: ordered_sum(x.reshape(*x.shape[:-1], num_groups, group_size), -1)
@@ -50,7 +56,9 @@ def fresh_plan(
     experts = experts.reshape(num_layers * num_nodes, num_experts // num_nodes)
     # From here a row is a node of a layer, and its experts are numbered as in `experts`.
     of_node = forecast.map(lambda x: _take(jnp.repeat(x, num_nodes, axis=0), experts))
-    replicas = _place_in_node(of_node, *counts, strategy, gpu_key)
+    replicas = _place_in_node(of_node, *counts, strategy, gpu_key, holes)
+    if empty is not None:
+        experts = jnp.pad(experts, ((0, 0), (0, 1)), constant_values=-1)
     phy2log = along(experts, replicas.phy2log, 1).reshape(-1, topology.num_replicas)
     rank = replicas.rank.reshape(-1, topology.num_replicas)
     return Replication(phy2log, rank, count_replicas(phy2log, num_experts))
@@ -67,29 +75,39 @@ def _place_in_node(
     num_gpus: int,
     strategy: Strategy,
     key: Key[Array, ""],
+    empty: Int32[Array, " L"] | None,
 ) -> Replication:
-    """Experts replicated and packed to the GPUs of one node; L counts the nodes of all layers."""
-    load = forecast.load
-    num_experts = load.shape[1]
-    if not strategy.distinct:
-        return _pack(forecast, replicate(load, num_replicas), num_gpus, strategy, key)
+    """Experts replicated and packed to the GPUs of one node; L counts the nodes of all layers.
+
+    Empty slots are the replicas of one more expert, without load.
+    """
+    num_experts = forecast.load.shape[1]
+    spares = num_replicas - num_experts
     # More replicas than GPUs would put an expert twice on one and serve it no better.
     most = num_gpus if num_replicas <= num_experts * num_gpus else None
+    if empty is not None:
+        forecast = forecast.map(lambda x: jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, 1)]))
+    elif not strategy.distinct:
+        replication = replicate(forecast.load, num_replicas)
+        return _pack(forecast, replication, num_gpus, strategy, key)
+    load = forecast.load
     if forecast.above is not None:
-        counts = counts_over_windows(load, forecast.above, num_replicas, num_gpus, most)
+        counts = counts_over_windows(load, forecast.above, num_replicas, num_gpus, most, empty)
     elif strategy.counts is not None:
-        counts = strategy.counts.candidates(load, num_replicas, num_gpus, most)
+        counts = strategy.counts.candidates(load, num_replicas, num_gpus, most, empty)
     else:
-        counts = replicate(load, num_replicas, most).logcnt[:, None]
+        counts = replicate(load, num_replicas, most, empty=empty).logcnt[:, None]
     choices = counts.shape[1]
     repeated = forecast.map(lambda x: jnp.repeat(x, choices, axis=0))
-    replication = list_replicas(counts.reshape(len(load) * choices, num_experts), num_replicas)
-    replicas = _pack(repeated, replication, num_gpus, strategy, key)
+    replication = list_replicas(counts.reshape(len(load) * choices, -1), num_replicas)
+    replicas = _pack(repeated, replication, num_gpus, strategy, key, spares)
     if choices > 1:
         windows = load[:, None] if forecast.windows is None else forecast.windows
         replicas = _best(replicas, windows, counts, num_gpus)
     idle = jnp.all(load == 0, axis=1, keepdims=True)
     without_load = _replicas_without_load(num_experts, num_replicas, num_gpus)
+    if empty is not None:
+        without_load = _with_empty(without_load, empty, num_gpus)
     return jax.tree.map(lambda x, y: jnp.where(idle, x, y), without_load, replicas)
 
 
@@ -99,14 +117,18 @@ def _pack(
     num_gpus: int,
     strategy: Strategy,
     key: Key[Array, ""],
+    spares: int | None = None,
 ) -> Replication:
-    """These replicas in the slots of GPUs."""
+    """These replicas in the slots of GPUs.
+
+    With `spares`, the number of replicas beyond the first of their expert, those of an expert are
+    on distinct GPUs.
+    """
     expert, rank, logcnt = replication
-    num_experts, num_replicas = logcnt.shape[1], expert.shape[1]
-    count = logcnt.astype(jnp.float32)
+    num_experts = logcnt.shape[1]
+    count = jnp.maximum(logcnt, 1).astype(jnp.float32)
     weight = forecast.map(lambda x: _take(x / (count[:, None] if x.ndim == 3 else count), expert))
-    labels = expert + num_experts * (rank // num_gpus) if strategy.distinct else None
-    spares = num_replicas - num_experts
+    labels = None if spares is None else expert + num_experts * (rank // num_gpus)
     slots = packs(weight.load, num_gpus, strategy, key, labels, spares, weight.windows)
     slots = slots.reshape(expert.shape)
     return Replication(along(expert, slots, 1), along(rank, slots, 1), logcnt)
@@ -128,7 +150,8 @@ def _best(
     windows = normalise(windows, (-2, -1))
 
     def scores(on_gpu: Array, count: Array, windows: Array) -> tuple[Array, Array]:
-        per_replica = fixed_point(windows / count[None].astype(jnp.float32), size, LOAD_BITS)
+        count = jnp.maximum(count, 1).astype(jnp.float32)
+        per_replica = fixed_point(windows / count[None], size, LOAD_BITS)
         one, each = on_gpu[..., None], per_replica[..., None]  # one packing is one lane
         (largest,) = score_windows(lambda loads: (jnp.max(loads, axis=0),), each, one)
         return count_duplicates(on_gpu), largest[0]
@@ -159,3 +182,22 @@ def _replicas_without_load(num_experts: int, num_replicas: int, num_gpus: int) -
         count[one] += 1
         held[gpu, one] = True
     return Replication(*(jnp.asarray(x.reshape(1, -1)) for x in (expert, rank, count)))
+
+
+def _with_empty(
+    replicas: Replication, empty: Int32[Array, " L"], num_gpus: int
+) -> Replication:
+    """Layers without load with so many empty slots, in place of the replicas assigned last."""
+    size, num_experts = replicas.phy2log.shape[1] // num_gpus, replicas.logcnt.shape[1]
+    number = np.arange(num_gpus)[:, None] + num_gpus * np.arange(size)[None]
+    number = jnp.asarray(number.reshape(1, -1), jnp.int32) - (num_gpus * size - empty[:, None])
+    expert = jnp.where(number < 0, replicas.phy2log, num_experts)
+    rank = jnp.where(number < 0, replicas.rank, number)
+    return Replication(expert, rank, count_replicas(expert, num_experts + 1))
+
+
+def _without_empty(replicas: Replication) -> Replication:
+    """-1 in place of the last expert, which stood for empty slots."""
+    last = replicas.logcnt.shape[1] - 1
+    expert = jnp.where(replicas.phy2log == last, -1, replicas.phy2log)
+    return Replication(expert, replicas.rank, replicas.logcnt[:, :-1])

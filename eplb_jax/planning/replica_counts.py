@@ -67,16 +67,24 @@ class CountSearch:
     divisors: int
 
     def candidates(
-        self, load: Float[Array, "L E"], num_replicas: int, num_gpus: int, most: int | None
+        self,
+        load: Float[Array, "L E"],
+        num_replicas: int,
+        num_gpus: int,
+        most: int | None,
+        empty: Int32[Array, " L"] | None = None,
     ) -> Int32[Array, "L K E"]:
-        """Counts to choose from by packing them, the greedy ones first; none above `most`."""
+        """Counts to choose from by packing them, the greedy ones first; none above `most`.
+
+        `empty` is that of `replicate`: the last expert is not one.
+        """
         capacity = num_replicas // num_gpus if num_replicas > load.shape[1] else 1
         offsets = _OFFSETS[: self.divisors if capacity == 3 else 1]
-        counts = [replicate(load, num_replicas, most, d).logcnt for d in offsets]
+        counts = [replicate(load, num_replicas, most, d, empty).logcnt for d in offsets]
         if capacity == 2:
-            counts = [
-                jax.vmap(partial(_for_pairs, num_gpus=num_gpus, search=self))(load, counts[0])
-            ]
+            fixed = 0 if empty is None else 1
+            search = partial(_for_pairs, num_gpus=num_gpus, search=self, fixed=fixed)
+            counts = [jax.vmap(search)(load, counts[0])]
         return jnp.stack(counts, axis=1)
 
 
@@ -91,20 +99,27 @@ class _Walk(NamedTuple):
 
 
 def _for_pairs(
-    load: Float[Array, " E"], greedy: Int32[Array, " E"], num_gpus: int, search: CountSearch
+    load: Float[Array, " E"],
+    greedy: Int32[Array, " E"],
+    num_gpus: int,
+    search: CountSearch,
+    fixed: int,
 ) -> Int32[Array, " E"]:
-    """Counts for two slots a GPU, no worse than the greedy ones; none above `num_gpus`."""
+    """Counts for two slots a GPU, no worse than the greedy ones; none above `num_gpus`.
+
+    Those of the last `fixed` experts, which have no load, stay.
+    """
     order = jnp.argsort(-load, stable=True).astype(jnp.int32)
     greedy = greedy[order]
     units = fixed_point(load[order], load.shape[0], _BITS)
     mean = jnp.sum(units, dtype=jnp.int32).astype(load.dtype) / num_gpus
     units = units.astype(load.dtype)
-    least = jnp.maximum(mean, jnp.max(units / greedy.astype(load.dtype)))
+    least = jnp.maximum(mean, jnp.max(units / jnp.maximum(greedy, 1).astype(load.dtype)))
     apart = (_fold(units, greedy, num_gpus) - least) / search.targets
     targets = least + unfused(apart * jnp.arange(search.targets, dtype=load.dtype))
     targets = jnp.maximum(targets, 1)
 
-    walk = partial(_walk, units, greedy, most=num_gpus, moves=search.moves)
+    walk = partial(_walk, units, greedy, most=num_gpus, moves=search.moves, fixed=fixed)
     found = jnp.concatenate([greedy[None], jax.vmap(lambda x: walk(target=x))(targets)])
     largest = jax.vmap(lambda counts: _fold(units, counts, num_gpus))(found)
     best = found[first_equal(largest, jnp.min(largest))]
@@ -117,7 +132,7 @@ def _fold(load: Float[Array, " E"], counts: Int32[Array, " E"], num_gpus: int) -
     Where that pairs replicas of one expert, which are in the middle of the order, they are
     exchanged with the next pairs that do not hold it.
     """
-    share = load / counts.astype(load.dtype)
+    share = load / jnp.maximum(counts, 1).astype(load.dtype)
     descending = -jnp.sort(-jnp.repeat(share, counts, total_repeat_length=2 * num_gpus))
     large, small = descending[:num_gpus], descending[num_gpus:]
     middle = large[-1]
@@ -134,6 +149,7 @@ def _walk(
     target: Float[Array, ""],
     most: int,
     moves: int,
+    fixed: int,
 ) -> Int32[Array, " E"]:
     """The counts of a walk that come closest to the target load of a GPU."""
     scaled = load * (2 * _LEVELS / target)  # what 2 w / T is, in levels
@@ -162,6 +178,8 @@ def _walk(
         cost = total(walk.excess[None] + delta)
         cost += jnp.where(here > _LEVELS, _TOO_LARGE, 0)
         invalid = walk.touched[part] | (new < 1) | (new > most)
+        if fixed:
+            invalid |= part >= load.shape[0] - fixed
         cost = jnp.where(invalid, _NEVER, cost)
         least = jnp.min(cost)
         one = first_equal(cost, least)

@@ -55,29 +55,41 @@ def _replicate_experts(weight: Float[Array, "L E"], *, num_phy: int) -> Replicat
 
 
 def replicate(
-    load: Float[Array, "L E"], num_phy: int, most: int | None = None, offset: float = 0
+    load: Float[Array, "L E"],
+    num_phy: int,
+    most: int | None = None,
+    offset: float = 0,
+    empty: Int32[Array, " L"] | None = None,
 ) -> Replication:
     """`replicate_experts` as DeepSeek has it: the spares of a layer without load go to expert 0.
 
     One spare a step, O(E) each: on a CPU several times faster than sorting all quotients. `most`
     limits the replicas of an expert; `offset` is added to counts before loads are divided by them.
+    With `empty`, the last expert stands for so many empty slots, and only counts are valid.
     """
     num_experts = load.shape[1]
     load = load.T
     expert = jnp.arange(num_experts, dtype=jnp.int32)[:, None]
+    start = jnp.ones(load.shape, jnp.int32)
+    spares = num_phy - num_experts
+    if empty is not None:
+        start, spares = start.at[-1].set(empty), spares + 1
 
-    def give(count: Int32[Array, "E L"], _: None) -> tuple[Array, tuple[Array, Array]]:
+    def give(count: Int32[Array, "E L"], step: Array) -> tuple[Array, tuple[Array, Array]]:
         quotient = load / (count.astype(jnp.float32) + offset)
         if most is not None:
             quotient = jnp.where(count < most, quotient, -1)
+        if empty is not None:
+            quotient = quotient.at[-1].set(-2)
         chosen = first_equal(quotient, jnp.max(quotient, axis=0))
         here = expert == chosen[None]
+        if empty is not None:
+            here &= (step < spares - empty)[None]
         rank = jnp.max(jnp.where(here, count, 0), axis=0)
         return jnp.where(here, count + 1, count), (chosen, rank)
 
     with jax.named_scope("replicas"):
-        start = jnp.ones(load.shape, jnp.int32)
-        logcnt, (chosen, rank) = lax.scan(give, start, length=num_phy - num_experts)
+        logcnt, (chosen, rank) = lax.scan(give, start, jnp.arange(spares, dtype=jnp.int32))
     once = jnp.broadcast_to(expert, load.shape)
     phy2log = jnp.concatenate([once, chosen])
     return Replication(phy2log.T, jnp.concatenate([jnp.zeros_like(once), rank]).T, logcnt.T)
@@ -106,13 +118,15 @@ def counts_over_windows(
     num_replicas: int,
     num_gpus: int,
     most: int | None,
+    empty: Int32[Array, " L"] | None = None,
 ) -> Int32[Array, "L k E"]:
     """Replica counts to choose from by packing them over windows.
 
     Each are the greedy counts for the mean load plus a share of `above`, the peak over it: a
-    missing replica costs more than an idle one.
+    missing replica costs more than an idle one. `empty` is that of `replicate`.
     """
     several = num_replicas <= _FEW and num_replicas <= 3 * num_gpus
     margins = _MARGINS if several else _MARGINS[:1]
-    counts = [replicate(load + unfused(k * above), num_replicas, most).logcnt for k in margins]
+    loads = [load + unfused(k * above) for k in margins]
+    counts = [replicate(x, num_replicas, most, empty=empty).logcnt for x in loads]
     return jnp.stack(counts, axis=1)
