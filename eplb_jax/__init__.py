@@ -6,7 +6,7 @@ The public names are those imported here, and those of `runtime`, `loads`, `metr
 
 - `plan` chooses the expert of every physical slot for a `Topology`; `rebalance_experts` is its
   DeepSeek form, `precompile` makes it ready ahead of time. `balanced_packing` and
-  `replicate_experts` are its two halves.
+  `replicate_experts` are its two halves. `plan_layers` gives layers different numbers of slots.
 - `History` keeps what a service has seen in bounded space: `init_history`, `update_history`,
   `merge_histories`, `save_history`, `load_history`.
 - `balancer` is the loop of a running service: `init`, `observe`, `propose`, `commit`.
@@ -14,7 +14,8 @@ The public names are those imported here, and those of `runtime`, `loads`, `metr
   `packing_bound` and `split_bound` are proven lower bounds. `monitoring` has numbers of a running
   service, for Prometheus, too.
 - `moves` says what leads from one plan to another, `decide` whether it is worth it, `spares_curve`
-  what more slots are worth.
+  what more slots are worth; `spread_slots` divides them over layers by `slots_curve`, and
+  `choose_slots` finds one number for all layers.
 - `runtime` is for use inside a running model.
 - `loads` has measured loads, `traces` synthetic ones; `replay` plans through a trace.
 - `formats` reads what engines recorded, and reads and writes their maps.
@@ -34,6 +35,9 @@ from eplb_jax.evaluation import loads as loads
 from eplb_jax.evaluation import metrics as metrics
 from eplb_jax.evaluation import monitoring as monitoring
 from eplb_jax.evaluation import traces as traces
+from eplb_jax.evaluation.choose_slots import SlotChoice as SlotChoice
+from eplb_jax.evaluation.choose_slots import SlotOption as SlotOption
+from eplb_jax.evaluation.choose_slots import choose_slots as choose_slots
 from eplb_jax.evaluation.decision import Decision as Decision
 from eplb_jax.evaluation.decision import decide as decide
 from eplb_jax.evaluation.engine_metrics import EngineMetrics as EngineMetrics
@@ -46,6 +50,9 @@ from eplb_jax.evaluation.replay import plan_from_windows as plan_from_windows
 from eplb_jax.evaluation.replay import replay as replay
 from eplb_jax.evaluation.sanity import Finding as Finding
 from eplb_jax.evaluation.sanity import inspect_loads as inspect_loads
+from eplb_jax.evaluation.slot_budget import SlotBudget as SlotBudget
+from eplb_jax.evaluation.slot_budget import spread_slots as spread_slots
+from eplb_jax.evaluation.slots_curve import slots_curve as slots_curve
 from eplb_jax.evaluation.spares import Spares as Spares
 from eplb_jax.evaluation.spares import spares_curve as spares_curve
 from eplb_jax.evaluation.split_bound import split_bound as split_bound
@@ -70,6 +77,7 @@ from eplb_jax.planning.placement import placement_of as placement_of
 from eplb_jax.planning.plan import plan as plan
 from eplb_jax.planning.plan import plan_replicas as plan_replicas
 from eplb_jax.planning.plan import rebalance_experts as rebalance_experts
+from eplb_jax.planning.plan_layers import plan_layers as plan_layers
 from eplb_jax.planning.policy import Policy as Policy
 from eplb_jax.planning.precompile import CompiledPlan as CompiledPlan
 from eplb_jax.planning.precompile import precompile as precompile

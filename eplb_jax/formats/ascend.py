@@ -39,7 +39,9 @@ def _layer_list(plan: PlanFile, *, count: bool) -> list[dict[str, Any]]:
     if plan.topology is None:
         raise ValueError("devices are GPUs; give the number of GPUs")
     if plan.phy2log.min() < 0:
-        raise ValueError("devices hold an expert in every slot, but some hold -1")
+        raise ValueError(
+            "vllm-ascend, MindIE and verl have an expert in every slot, but some hold -1"
+        )
     num_gpus = plan.topology.num_gpus
     by_device = plan.phy2log.reshape(len(plan.layers), num_gpus, plan.topology.slots_per_gpu)
     return [

@@ -184,9 +184,7 @@ def _replicas_without_load(num_experts: int, num_replicas: int, num_gpus: int) -
     return Replication(*(jnp.asarray(x.reshape(1, -1)) for x in (expert, rank, count)))
 
 
-def _with_empty(
-    replicas: Replication, empty: Int32[Array, " L"], num_gpus: int
-) -> Replication:
+def _with_empty(replicas: Replication, empty: Int32[Array, " L"], num_gpus: int) -> Replication:
     """Layers without load with so many empty slots, in place of the replicas assigned last."""
     size, num_experts = replicas.phy2log.shape[1] // num_gpus, replicas.logcnt.shape[1]
     number = np.arange(num_gpus)[:, None] + num_gpus * np.arange(size)[None]

@@ -49,7 +49,8 @@ def first_positions(
     slot = jnp.arange(phy2log.size, dtype=jnp.int32)
     size = phy2log.size // num_gpus
     none = jnp.full((num_experts, num_gpus), size, jnp.int32)
-    return none.at[phy2log, slot // size].min(slot % size)
+    expert = jnp.where(phy2log < 0, num_experts, phy2log)  # in no slot
+    return none.at[expert, slot // size].min(slot % size, mode="drop")
 
 
 def ranks_in(phy2log: Int32[Array, "*L R"]) -> Int32[Array, "*L R"]:

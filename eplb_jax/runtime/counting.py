@@ -119,7 +119,7 @@ def slot_to_expert_counts(
     *,
     axis_name: AxisName | None = None,
 ) -> Num[Array, "*TL E"]:
-    """The load of every logical expert: sums of counts over its slots.
+    """The load of every logical expert: sums of counts over its slots; empty ones do not count.
 
     Args:
         counts: Tokens of every slot, [R], [L, R] or [T, L, R].
@@ -147,8 +147,9 @@ def slot_to_expert_counts(
         raise ValueError(f"counts have the shape {counts.shape}, but phy2log {experts.shape}")
 
     def add(counts: Num[Array, " R"], experts: Int32[Array, " R"]) -> Num[Array, " E"]:
-        return jnp.zeros(num_experts, counts.dtype).at[experts].add(counts)
+        return jnp.zeros(num_experts, counts.dtype).at[experts].add(counts, mode="drop")
 
+    experts = jnp.where(experts < 0, num_experts, experts)  # past the last
     experts = jnp.broadcast_to(experts, counts.shape)
     add_all = jnp.vectorize(add, signature="(r),(r)->(e)")
     load = under_auto(add_all, PartitionSpec(*spec_of(counts)[:-1]), counts, experts)

@@ -101,13 +101,15 @@ def put(array: Array | np.ndarray, layout: Layout, spec: PartitionSpec) -> Array
 def read_rows(
     leaf: np.ndarray, rows: Int32[np.ndarray, "*L Z"], layout: Layout, spec: PartitionSpec
 ) -> Array:
-    """Rows of a table on the host; every device reads only its own."""
+    """Rows of a table on the host, zeros for -1; every device reads only its own."""
     axis = rows.ndim - 1
 
     def part(index: Any) -> np.ndarray:
         chosen = rows[index[: axis + 1]]
         layers = (np.arange(len(leaf))[index[0], None],) * axis
-        return leaf[(*layers, chosen)][(slice(None),) * (axis + 1) + index[axis + 1 :]]
+        read = leaf[(*layers, chosen)][(slice(None),) * (axis + 1) + index[axis + 1 :]]
+        read[chosen < 0] = 0
+        return read
 
     shape = (*rows.shape, *leaf.shape[axis + 1 :])
     return jax.make_array_from_callback(shape, NamedSharding(layout.mesh, spec), part)

@@ -41,10 +41,11 @@ def relocate(
     """Weights in the slot order of a new plan, from those of the plan in place.
 
     Every slot gets the row of the expert that `new` puts there, bit for bit, in all leaves: give
-    the optimizer's state together with the weights. Rows that stay on their device are copied
-    there; others go by all-to-alls of one row per device, two for each row that the busiest device
-    sends or receives. No table is gathered, and layers that do not change are not touched. A new
-    plan compiles nothing. Extra memory: three tables of one layer, over all leaves.
+    the optimizer's state together with the weights. Empty slots keep what they held. Rows that stay
+    on their device are copied there; others go by all-to-alls of one row per device, two for each
+    row that the busiest device sends or receives. No table is gathered, and layers that do not
+    change are not touched. A new plan compiles nothing. Extra memory: three tables of one layer,
+    over all leaves.
 
     Put the first plan on the mesh, ``jax.device_put(plan, NamedSharding(mesh, PartitionSpec()))``,
     as the returned one is, or the second call compiles again. To spread the work over steps, move
@@ -154,9 +155,9 @@ def to_slots(
     """Weights in slot order, from one row per logical expert, as checkpoints have them.
 
     NumPy leaves are read from the host, every device its own rows. JAX leaves are sharded over
-    `axis_name`, experts in order, and then exchanged. Differentiable: the gradient of an expert is
-    the sum over its slots. Arguments and errors are those of `relocate`, with leaves [L, E, ...] or
-    [E, ...].
+    `axis_name`, experts in order, and then exchanged. Empty slots hold zeros. Differentiable: the
+    gradient of an expert is the sum over its slots. Arguments and errors are those of `relocate`,
+    with leaves [L, E, ...] or [E, ...].
 
     Example:
         >>> mesh = jax.make_mesh((1,), ("expert",))
@@ -186,7 +187,9 @@ def _expand(leaf: Array, plan: Placement, layout: Layout) -> Array:
 
     @jax.custom_vjp
     def copy(leaf: Array, phy2log: Array) -> Array:
-        return transport([leaf], layout, experts, phy2log, every, num_experts)[0]
+        rows = transport([leaf], layout, experts, phy2log, every, num_experts)[0]
+        held = jnp.expand_dims(phy2log >= 0, range(phy2log.ndim, rows.ndim))
+        return jnp.where(held, rows, jnp.zeros((), rows.dtype))
 
     def forward(leaf: Array, phy2log: Array) -> tuple[Array, Array]:
         return copy(leaf, phy2log), phy2log

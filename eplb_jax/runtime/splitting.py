@@ -43,8 +43,8 @@ def split_load(
 
     Returns:
         Shares, float32 [L, R], [T, L, R] or [R], with sum 1 over the slots of an expert; equal
-        shares where it has no load. The maximum GPU load is at most that of equal shares, up to
-        rounding.
+        shares where it has no load; 0 in empty slots. The maximum GPU load is at most that of equal
+        shares, up to rounding.
 
     Raises:
         TypeError: An argument is of the wrong kind.

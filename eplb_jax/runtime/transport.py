@@ -45,9 +45,10 @@ def transport(
     """Tables [*L, Z, ...] of the wanted rows, from tables [*L, S, ...] of the rows held.
 
     Layers are exchanged one after the other, each in place where S = Z. Maps have the expert of
-    every row. Layers without `changes` are skipped; if S and Z differ, all must change. `source`
-    is the row to copy from, by a ragged all-to-all; None: two hops. With `add`, every wanted row is
-    the sum of all rows of its expert.
+    every row, or -1: such a row keeps what it holds, or holds anything where S and Z differ. Layers
+    without `changes` are skipped; if S and Z differ, all must change. `source` is the row to copy
+    from, by a ragged all-to-all; None: two hops. With `add`, every wanted row is the sum of all
+    rows of its expert.
     """
     maps = (put(x, layout, PartitionSpec()) for x in (held, wanted, changes))
     source = None if source is None else put(source, layout, PartitionSpec())
@@ -143,14 +144,14 @@ def route_of(
     size, first = held.shape[1], first_positions(held.reshape(-1), num_experts, num_gpus)
     gpu = jnp.arange(num_gpus, dtype=jnp.int32)[:, None]
     place = jnp.arange(size, dtype=jnp.int32)[None]
-    local = first[wanted, gpu]
+    local = jnp.where(wanted < 0, 0, first[wanted, gpu])
     if held.shape == wanted.shape:
-        local = jnp.where(held == wanted, place, local)
+        local = jnp.where((held == wanted) | (wanted < 0), place, local)
     receives = local == size
     needed = jnp.zeros(num_experts, bool).at[wanted].max(receives)
     if add:
         moving = needed | (count_replicas(held.reshape(-1), num_experts) > 1)
-        sends, receives = moving[held], moving[wanted]
+        sends, receives = moving[held] & (held >= 0), moving[wanted] & (wanted >= 0)
     else:
         turn = jnp.cumsum(needed, dtype=jnp.int32) - 1
         holders = jnp.cumsum(first < size, axis=1, dtype=jnp.int32)

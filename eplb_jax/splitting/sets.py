@@ -35,7 +35,8 @@ def experts_on_gpus(
 ) -> Int32[Array, "E G"]:
     """The number of replicas of every expert on every GPU."""
     gpu = jnp.arange(phy2log.size, dtype=jnp.int32) // (phy2log.size // num_gpus)
-    return jnp.zeros((num_experts, num_gpus), jnp.int32).at[phy2log, gpu].add(1)
+    expert = jnp.where(phy2log < 0, num_experts, phy2log)  # in no slot
+    return jnp.zeros((num_experts, num_gpus), jnp.int32).at[expert, gpu].add(1, mode="drop")
 
 
 def replicas_outside(count: Int32[Array, "E G"], sets: Bool[Array, "M G"]) -> Float[Array, "E M"]:
@@ -78,8 +79,9 @@ def prefix_ratios(
     place = ranks(lax.bitcast_convert_type(gpu_load, jnp.int32))  # as loads are not negative
     gpu = jnp.arange(phy2log.size, dtype=jnp.int32) // (phy2log.size // num_gpus)
     # An expert cannot leave the sets that hold its least loaded GPU.
-    last = jnp.full(load.shape, num_gpus, jnp.int32).at[phy2log].min(0)
-    last = last.at[phy2log].max(place[gpu])
+    expert = jnp.where(phy2log < 0, load.shape[0], phy2log)  # in no slot
+    last = jnp.full(load.shape, num_gpus, jnp.int32).at[expert].min(0, mode="drop")
+    last = last.at[expert].max(place[gpu], mode="drop")
     by_place = jnp.zeros(num_gpus + 1, load.dtype).at[last].add(load)
     size = jnp.arange(1, num_gpus + 1, dtype=jnp.float32)
     return jnp.cumsum(by_place[:num_gpus]) / size, place

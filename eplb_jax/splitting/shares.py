@@ -51,7 +51,10 @@ def split_of_layer(
     num_gpus: int,
     steps: int,
 ) -> Float[Array, " R"]:
-    """The shares of `runtime.split_load` for one layer, whose loads are `sanitised`."""
+    """The shares of `runtime.split_load` for one layer, whose loads are `sanitised`.
+
+    Those of empty slots are 0.
+    """
     num_experts, num_slots = load.shape[0], phy2log.shape[0]
     # The maximum number of slots of experts with replicas.
     width = min(2 * (num_slots - num_experts), num_slots)
@@ -59,7 +62,8 @@ def split_of_layer(
         return jnp.ones(num_slots, jnp.float32)
     size = num_slots // num_gpus
     load = load * (num_gpus / jnp.maximum(jnp.sum(load), 1))  # the sum is 0 or at least 1
-    equal = 1 / logcnt[phy2log].astype(jnp.float32)
+    held, phy2log = phy2log >= 0, jnp.maximum(phy2log, 0)
+    equal = jnp.where(held, 1 / logcnt[phy2log].astype(jnp.float32), 0)
     equal_loads = load[phy2log] * equal
     can_split = (logcnt[phy2log] > 1) & (equal_loads > 0)
     alone = jnp.sum(jnp.where(can_split, 0, equal_loads).reshape(num_gpus, size), axis=1)
