@@ -63,10 +63,12 @@ def twenty_replicas():
 
 
 def chain():
-    """Every GPU shares an expert with the next alone, and the load is at one end."""
-    experts = np.stack([np.arange(16), np.r_[np.arange(1, 16), 16]], axis=1)
-    steep = np.r_[np.linspace(4, 0.1, 16), 0.1].astype(np.float32)
-    return steep[None], eplb_jax.placement_of(experts.reshape(1, -1)), 16
+    """64 GPUs, of which each shares an expert with the next alone; loads in a half, or an end."""
+    rng = np.random.default_rng(0)
+    experts = np.stack([np.arange(64), np.arange(1, 65)], axis=1)
+    half = np.where(np.arange(65) < 32, 1.5, 0.5) * rng.uniform(0.9, 1.1, (6, 65))
+    load = np.concatenate([half, np.linspace(4, 0.1, 65)[None]]).astype(np.float32)
+    return load, eplb_jax.placement_of(np.tile(experts.reshape(1, -1), (7, 1))), 64
 
 
 def duplicates():
@@ -100,6 +102,28 @@ def test_within_half_a_percent_of_the_optimum(case):
     whole = np.stack([np.bincount(y, x) for x, y in zip(np.asarray(shares), phy2log, strict=True)])
     np.testing.assert_allclose(whole, 1, rtol=1e-5)
     assert (np.asarray(shares) >= 0).all()
+
+
+def test_a_start_from_shares_of_a_similar_load_saves_steps():
+    load, plan, num_gpus = chain()
+    topology, rng = topology_of(plan, num_gpus), np.random.default_rng(1)
+    later = (load * rng.lognormal(0, 0.01, load.shape)).astype(np.float32)
+    phy2log = np.asarray(plan.phy2log)
+    best = [
+        least_max(np.asarray(x, float), y, num_gpus) for x, y in zip(later, phy2log, strict=True)
+    ]
+
+    def excess(**options):
+        shares = runtime.split_load(later, plan, topology, steps=8, **options)
+        loads = metrics.gpu_loads(later, plan, topology, split=shares)
+        return float(np.mean(loads.max(axis=1) / np.array(best))) - 1
+
+    start = runtime.split_load(load, plan, topology)
+    assert excess(start=start) < 0.003 < 0.03 < excess()
+    one = runtime.split_load(later[0], plan.layer(0), topology, steps=8, start=start[0])
+    np.testing.assert_allclose(one.sum(), 65, rtol=1e-5)
+    with pytest.raises(ValueError, match="start has the shape"):
+        runtime.split_load(later, plan, topology, start=start[:, 1:])
 
 
 def test_next_windows_of_gpt_oss():
@@ -258,3 +282,37 @@ def test_quotas_are_shares_in_whole_tokens(windows):
         runtime.quotas(jnp.asarray(load, jnp.float32), plan, jnp.asarray(shares))
     with pytest.raises(ValueError, match="the plan is for"):
         runtime.quotas(load, plan, jnp.asarray(shares[..., 1:]))
+
+
+def test_local_quotas_keep_tokens_on_their_gpu_and_node():
+    """Sums are those of `quotas`, and as many tokens of an expert stay as can."""
+    rng = np.random.default_rng(0)
+    topology = Topology(4, slots=6, num_nodes=2)
+    plan = eplb_jax.plan(lognormal(3, 16), topology, strategy=QUICK, policy="global")
+    phy2log = np.asarray(plan.phy2log).copy()
+    phy2log[0, 1] = phy2log[0, 0]  # twice on a GPU
+    phy2log[0, 2:] = np.r_[np.arange(16), np.arange(6)]
+    plan = eplb_jax.placement_of(phy2log)
+    sent = rng.integers(0, 100, (2, 3, 4, 16)) * (rng.random((2, 3, 4, 16)) < 0.8)
+    shares = jnp.asarray(rng.random((2, 3, 24)) * (rng.random((2, 3, 24)) < 0.8), jnp.float32)
+    whole = runtime.quotas(sent.sum(axis=2), plan, shares).tokens
+    tokens, first = map(np.asarray, runtime.local_quotas(sent, plan, shares, topology))
+    np.testing.assert_array_equal(tokens.sum(axis=2), whole)
+    gpu = np.arange(24) // 6
+    for t, layer, expert in np.ndindex(2, 3, 16):
+        slots = np.flatnonzero(phy2log[layer] == expert)
+        mine, quota = tokens[t, layer][:, slots], np.asarray(whole)[t, layer, slots]
+        supply = sent[t, layer, :, expert]
+        for source in range(4):
+            spans = zip(first[t, layer, source, slots], mine[source], strict=True)
+            parts = np.concatenate([np.arange(x, x + n) for x, n in spans])
+            np.testing.assert_array_equal(np.sort(parts), np.arange(supply[source]))
+        room = np.array([quota[gpu[slots] == g].sum() for g in range(4)])
+        kept = np.array([mine[g, gpu[slots] == g].sum() for g in range(4)])
+        np.testing.assert_array_equal(kept, np.minimum(supply, room))
+        left, space = (x.reshape(2, 2).sum(axis=1) for x in (supply - kept, room - kept))
+        near = np.array([mine[g][gpu[slots] // 2 == g // 2].sum() for g in range(4)])
+        near = (near - kept).reshape(2, 2).sum(axis=1)
+        np.testing.assert_array_equal(near, np.minimum(left, space))
+    with pytest.raises(ValueError, match="sent must have 4 GPUs"):
+        runtime.local_quotas(sent[:, :, :3], plan, shares, topology)

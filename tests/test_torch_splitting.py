@@ -63,12 +63,16 @@ def test_the_shares_of_jax(case, sums, monkeypatch):
     plan = eplb.prepare_split(phy2log, load.shape[-1], num_gpus)
     topology = Topology.of_replicas(phy2log.shape[-1], num_gpus)
     placed = eplb_jax.placement_of(phy2log, load.shape[-1])
+    valid = np.nan_to_num(np.maximum(load, 0))
     for steps in (1, 32):
         ours = eplb.split_load(torch.from_numpy(load), plan, steps=steps)
-        valid = np.nan_to_num(np.maximum(load, 0))
         theirs = runtime.split_load(valid, placed, topology, steps=steps)
         assert ours.dtype == torch.float32
         np.testing.assert_allclose(ours, theirs, atol=1e-4)
+    start = np.random.default_rng(0).random(phy2log.shape).astype(np.float32)
+    ours = eplb.split_load(torch.from_numpy(load), plan, steps=1, start=torch.from_numpy(start))
+    theirs = runtime.split_load(valid, placed, topology, steps=1, start=start)
+    np.testing.assert_allclose(ours, theirs, atol=1e-4)
 
 
 def test_infinite_loads():

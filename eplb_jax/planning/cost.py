@@ -17,7 +17,7 @@ from eplb_jax.arrays import ordered_sum, take_rows, unfused
 from eplb_jax.checks import as_amount, as_count
 
 _POINTS_PER_ROOT = 16
-"""The curve is known at means of (i / 16)^2 tokens: their standard deviations are 8 points apart."""
+"""The curve is known at means of (i / 16)^2 tokens, eight points in a standard deviation."""
 
 
 @dataclass(frozen=True)

@@ -159,7 +159,7 @@ def _split(layer: Layer, phy2log: Int32[Array, " R"], num_gpus: int) -> Float[Ar
     count = jnp.sum(experts_on_gpus(phy2log, num_experts, num_gpus), axis=1, dtype=jnp.int32)
 
     def of_window(load: Float[Array, " E"]) -> Float[Array, " G"]:
-        share = split_of_layer(load, phy2log, count, num_gpus, _SPLIT_STEPS)
+        share = split_of_layer(load, phy2log, count, num_gpus=num_gpus, steps=_SPLIT_STEPS)
         return jnp.sum((share * load[phy2log]).reshape(num_gpus, -1), axis=1)
 
     return jax.vmap(of_window)(layer.units)

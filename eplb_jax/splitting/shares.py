@@ -19,15 +19,19 @@ def split_of_layers(
     load: Float[Array, "*TL E"],
     phy2log: Int32[Array, "*L R"],
     logcnt: Int32[Array, "*L E"],
+    start: Float[Array, "*TL R"] | None = None,
     *,
     num_gpus: int,
     steps: int,
 ) -> Float[Array, "*TL R"]:
     """The shares of `runtime.split_load`."""
     split = partial(split_of_layer, num_gpus=num_gpus, steps=steps)
-    split = jnp.vectorize(split, signature="(e),(r),(e)->(r)")
+    signature = "(e),(r),(e)->(r)" if start is None else "(e),(r),(e),(r)->(r)"
     phy2log = jnp.broadcast_to(phy2log, (*load.shape[:-1], phy2log.shape[-1]))
-    return split(sanitise(load), phy2log, jnp.broadcast_to(logcnt, load.shape))
+    arrays = sanitise(load), phy2log, jnp.broadcast_to(logcnt, load.shape)
+    if start is not None:
+        arrays = *arrays, jnp.broadcast_to(start, phy2log.shape)
+    return jnp.vectorize(split, signature=signature)(*arrays)
 
 
 class _Descent(NamedTuple):
@@ -42,6 +46,8 @@ def split_of_layer(
     load: Float[Array, " E"],
     phy2log: Int32[Array, " R"],
     logcnt: Int32[Array, " E"],
+    start: Float[Array, " R"] | None = None,
+    *,
     num_gpus: int,
     steps: int,
 ) -> Float[Array, " R"]:
@@ -81,12 +87,17 @@ def split_of_layer(
         age = jnp.where(uphill, 0, at.age)
         return _Descent(age + 1, now + age / (age + 2) * (now - at.now), now)
 
-    first = jnp.where(used, equal_loads[slot], 0)
+    def as_shares(parts: Float[Array, " m"]) -> Float[Array, " m"]:
+        whole = over_expert(parts)
+        return jnp.where(whole > 0, parts / jnp.where(whole > 0, whole, 1), equal[slot])
+
+    first = equal[slot]
+    if start is not None:
+        first = as_shares(jnp.where(used, sanitise(start)[slot], 0))
+    first = jnp.where(used, first * total, 0)
     # `jax.shard_map` needs an age that varies over devices where the load does.
-    start = _Descent(0 * jnp.sum(first), first, first)
-    parts = lax.fori_loop(0, steps, step, start).now
-    whole = over_expert(parts)
-    shares = jnp.where(whole > 0, parts / jnp.where(whole > 0, whole, 1), equal[slot])
+    begin = _Descent(0 * jnp.sum(first), first, first)
+    shares = as_shares(lax.fori_loop(0, steps, step, begin).now)
     shares = jnp.where(can_split, shares[jnp.maximum(place, 0)], equal)
 
     def max_load(shares: Float[Array, " R"]) -> Float[Array, ""]:

@@ -25,7 +25,8 @@ def split_load(
         steps: Gradient steps. On the bundled traces, 8 come within 5e-3 of the least maximum, 16
             within 5e-4 and 32 within 2e-5 of the mean GPU load.
         start: Shares to start from, [L, R] or [R], such as those of the last step with this plan,
-            where loads change little; None: equal shares.
+            where loads change little; those of an expert are divided by their sum. None: equal
+            shares.
 
     Returns:
         Shares, float32 [L, R] or [R], with sum 1 over the slots of an expert; equal shares where it
@@ -49,8 +50,7 @@ def split_load(
     if plan.row_expert.shape[-1] == 0:
         return plan.equal.clone()
     num_gpus = plan.gpu_entries.shape[-2]
-    # Exact, and sums of the largest floats stay finite.
-    load = torch.nan_to_num(load.float(), 0, _LARGEST, 0).clamp_min(0) * 2.0**-64
+    load = _sanitise(load)
     load = load * (num_gpus / load.sum(-1, keepdim=True).clamp_min(1e-30))
     slot_load = load.gather(-1, plan.expert)
     alone = _gpu_loads(slot_load * plan.equal * plan.alone, plan)
@@ -64,7 +64,14 @@ def split_load(
     share = pull / _over_rows(pull, zero, plan).clamp_min(1e-30)
 
     equal = plan.equal.gather(-1, plan.slot) * plan.used
-    now = total * (equal if start is None else start.float().gather(-1, plan.slot))
+
+    def as_shares(parts: torch.Tensor) -> torch.Tensor:
+        whole = _over_rows(parts, zero, plan)
+        return torch.where(whole > 0, parts / torch.where(whole > 0, whole, 1), equal)
+
+    now = total * equal
+    if start is not None:
+        now = total * as_shares(_sanitise(start).gather(-1, plan.slot) * plan.used)
     ahead, age = now, torch.zeros_like(now[..., :1])  # age: steps since momentum was restarted
     for _ in range(steps):
         moved = torch.addcmul(ahead, _over_gpus(ahead, alone, plan), pull, value=-1)
@@ -75,13 +82,16 @@ def split_load(
         uphill = ((ahead - new) * change * curvature).sum(-1, keepdim=True) > 0
         age = age.masked_fill(uphill, 0)
         ahead, now, age = torch.addcmul(new, age / (age + 2), change), new, age + 1
-    whole = _over_rows(now, zero, plan)
-    parts = torch.where(whole > 0, now / torch.where(whole > 0, whole, 1), equal)
-    shares = torch.where(plan.alone, plan.equal, parts.gather(-1, plan.entry))
+    shares = torch.where(plan.alone, plan.equal, as_shares(now).gather(-1, plan.entry))
 
     best = _gpu_loads(slot_load * plan.equal, plan).amax(-1, keepdim=True)
     worse = _gpu_loads(slot_load * shares, plan).amax(-1, keepdim=True) > best * (1 + 1e-6)
     return torch.where(worse, plan.equal, shares)
+
+
+def _sanitise(values: torch.Tensor) -> torch.Tensor:
+    """Finite floats of at least 0, scaled exactly so that no sum overflows."""
+    return torch.nan_to_num(values.float(), 0, _LARGEST, 0).clamp_min(0) * 2.0**-64
 
 
 def _gpu_loads(slot_load: torch.Tensor, plan: SplitPlan) -> torch.Tensor:
