@@ -32,31 +32,38 @@ def fresh_plan(
     strategy: Strategy,
 ) -> Replication:
     """A plan from loads alone; hierarchical where the topology has several nodes."""
-    num_nodes, num_groups = topology.num_nodes, topology.num_groups
+    num_nodes = topology.num_nodes
     forecast = forecast_of(load, weights, summed=not strategy.distinct)
-    num_layers, num_experts = forecast.load.shape
+    num_experts = forecast.load.shape[1]
     group_key, gpu_key = jax.random.split(fixed_if_none(key))
 
     counts = topology.num_replicas // num_nodes, topology.gpus_per_node
     if num_nodes == 1:
         return _place_in_node(forecast, *counts, strategy, gpu_key)
-    group_size = num_experts // num_groups
-    by_group = forecast.map(
-        lambda x: ordered_sum(x.reshape(*x.shape[:-1], num_groups, group_size), -1)
-    )
-    groups = packs(by_group.load, num_nodes, strategy, group_key, windows=by_group.windows)
-    first = groups.reshape(num_layers * num_nodes, num_groups // num_nodes, 1) * group_size
-    experts = first + jnp.arange(group_size, dtype=jnp.int32)[None, None]
-    experts = experts.reshape(num_layers * num_nodes, num_experts // num_nodes)
+    experts = experts_of_nodes(forecast, topology, strategy, group_key)
     # From here a row is a node of a layer, and its experts are numbered as in `experts`.
-    of_node = forecast.map(lambda x: _take(jnp.repeat(x, num_nodes, axis=0), experts))
+    of_node = forecast.map(lambda x: take_experts(jnp.repeat(x, num_nodes, axis=0), experts))
     replicas = _place_in_node(of_node, *counts, strategy, gpu_key)
     phy2log = along(experts, replicas.phy2log, 1).reshape(-1, topology.num_replicas)
     rank = replicas.rank.reshape(-1, topology.num_replicas)
     return Replication(phy2log, rank, count_replicas(phy2log, num_experts))
 
 
-def _take(x: Float[Array, "L *T E"], index: Int32[Array, "L n"]) -> Float[Array, "L *T n"]:
+def experts_of_nodes(
+    forecast: Forecast, topology: Topology, strategy: Strategy, key: Key[Array, ""]
+) -> Int32[Array, "rows n"]:
+    """The experts of every node, [L * N, E / N]: whole groups, packed so that nodes are balanced."""
+    num_layers, num_experts = forecast.load.shape
+    num_nodes, num_groups = topology.num_nodes, topology.num_groups
+    size = num_experts // num_groups
+    by_group = forecast.map(lambda x: ordered_sum(x.reshape(*x.shape[:-1], num_groups, size), -1))
+    groups = packs(by_group.load, num_nodes, strategy, key, windows=by_group.windows)
+    first = groups.reshape(num_layers * num_nodes, num_groups // num_nodes, 1) * size
+    experts = first + jnp.arange(size, dtype=jnp.int32)[None, None]
+    return experts.reshape(num_layers * num_nodes, num_experts // num_nodes)
+
+
+def take_experts(x: Float[Array, "L *T E"], index: Int32[Array, "L n"]) -> Float[Array, "L *T n"]:
     """``x[..., index]``, layer by layer."""
     return along(x, index[:, None] if x.ndim == 3 else index, -1)
 
@@ -72,7 +79,7 @@ def _place_in_node(
     load = forecast.load
     num_experts = load.shape[1]
     if not strategy.distinct:
-        return _pack(forecast, replicate(load, num_replicas), num_gpus, strategy, key)
+        return pack_replicas(forecast, replicate(load, num_replicas), num_gpus, strategy, key)
     # More replicas than GPUs would put an expert twice on one and serve it no better.
     most = num_gpus if num_replicas <= num_experts * num_gpus else None
     if forecast.above is not None:
@@ -84,7 +91,7 @@ def _place_in_node(
     choices = counts.shape[1]
     repeated = forecast.map(lambda x: jnp.repeat(x, choices, axis=0))
     replication = list_replicas(counts.reshape(len(load) * choices, num_experts), num_replicas)
-    replicas = _pack(repeated, replication, num_gpus, strategy, key)
+    replicas = pack_replicas(repeated, replication, num_gpus, strategy, key)
     if choices > 1:
         windows = load[:, None] if forecast.windows is None else forecast.windows
         replicas = _best(replicas, windows, counts, num_gpus)
@@ -93,7 +100,7 @@ def _place_in_node(
     return jax.tree.map(lambda x, y: jnp.where(idle, x, y), without_load, replicas)
 
 
-def _pack(
+def pack_replicas(
     forecast: Forecast,
     replication: Replication,
     num_gpus: int,
@@ -104,7 +111,9 @@ def _pack(
     expert, rank, logcnt = replication
     num_experts, num_replicas = logcnt.shape[1], expert.shape[1]
     count = logcnt.astype(jnp.float32)
-    weight = forecast.map(lambda x: _take(x / (count[:, None] if x.ndim == 3 else count), expert))
+    weight = forecast.map(
+        lambda x: take_experts(x / (count[:, None] if x.ndim == 3 else count), expert)
+    )
     labels = expert + num_experts * (rank // num_gpus) if strategy.distinct else None
     spares = num_replicas - num_experts
     slots = packs(weight.load, num_gpus, strategy, key, labels, spares, weight.windows)
