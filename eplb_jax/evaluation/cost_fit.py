@@ -26,8 +26,10 @@ _LINEAR = np.array([np.inf, np.inf, np.inf, np.inf, 0])
 """Upper bounds of coefficients where there is no knee."""
 _KNEES = np.linspace(0.1, 0.9, 9)
 """Quantiles of the tokens of most loaded GPUs at which the search for a knee starts."""
-_KNEE_PENALTY = 3
+_KNEE_PENALTY = 4
 """Coefficients that a knee counts as in the information criterion: its place is searched for."""
+_CLOCK = 0.1
+"""Deviations are relative to times, and to this part of the median for smaller ones."""
 _CONFIDENCE = 0.975
 """Confidence, one-sided, of what is said about whether time follows the load."""
 _MATTERS = 0.5
@@ -49,7 +51,8 @@ def fit_cost(
     Time that grows with all tokens, such as that of attention, is told from the time of the most
     loaded GPU, which alone a plan changes: so imbalance must differ between windows. The fit is
     Huber's, so outliers count little, with coefficients of at least 0. There is a knee if the
-    Bayesian information criterion prefers it. Errors count measurements as independent.
+    Bayesian information criterion prefers it. Errors count measurements as independent, with
+    relative deviations of the same size; from fewer than some ten windows they are rough.
 
     Args:
         load: Tokens of every window, [T, L, E].
@@ -94,28 +97,33 @@ def fit_windows(
     tokens_per_step: float | None = None,
 ) -> CostFit:
     """`fit_cost` for windows that were counted in these units."""
-    median = float(np.median(measured))
+    median = float(np.median(measured)) or 1.0
+    # Times deviate by a part of them; those near zero, by the clock.
+    size = np.maximum(measured, _CLOCK * median).ravel()
+    relative = measured.ravel() / size
+
+    def terms_at(value: np.ndarray) -> np.ndarray:
+        terms = (slowest_terms if measured.ndim == 1 else gpu_terms)(windows, value)
+        return (terms if measured.ndim == 3 else terms.sum(axis=1)).reshape(-1, 5)
 
     def model(value: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        terms = (slowest_terms if measured.ndim == 1 else gpu_terms)(windows, value)
-        terms = (terms if measured.ndim == 3 else terms.sum(axis=1)).reshape(-1, 5)
+        terms = terms_at(value) / size[:, None]
         return terms[:, :4] @ value[:4], terms
 
-    linear = model(np.array([0.0, 0, 1, 0, 0]))[1][:, :4]
-    shown, unseen = independent(linear)
+    shown, unseen = independent(terms_at(np.array([0.0, 0, 1, 0, 0]))[:, :4])
     if not shown.any():
         raise ValueError("load has no tokens, so nothing says what they cost; give other windows")
     free = np.append(shown, False)
-    found = regress(model, measured.ravel(), free, np.zeros(5), _LINEAR)
-    bent = _with_knee(model, measured.ravel(), free, found, windows)
+    found = regress(model, relative, free, np.zeros(5), _LINEAR)
+    bent = _with_knee(model, relative, free, found, windows)
     found, knee = (found, None) if bent is None else (bent, float(bent.value[4]))
     unseen = unseen if found.dof > 0 else np.eye(4)
 
-    evidence, follows = _follows(found, model(found.value)[1][:, :4], unseen, median)
+    evidence, follows = _follows(found, terms_at(found.value)[:, :4], unseen, median)
     value = found.value
     if follows is False:
         free[2:] = False
-        value, knee = regress(model, measured.ravel(), free, np.zeros(5), _LINEAR).value, None
+        value, knee = regress(model, relative, free, np.zeros(5), _LINEAR).value, None
     error = np.sqrt(np.diag(found.covariance))
     error[2:4][np.any(unseen[:, 2:] != 0, axis=0)] = np.inf
     error[:2][~shown[:2]] = np.inf
@@ -126,7 +134,7 @@ def fit_windows(
         Coefficients(*value.tolist()),
         Coefficients(*(error if found.dof > 0 else np.full(5, np.inf)).tolist()),
         knee,
-        found.scale / (median or 1),
+        found.scale,
         follows,
         evidence,
         found.covariance,
@@ -150,11 +158,13 @@ def _with_knee(
     guesses = [np.array([0, 0, 0, 0, x]) for x in np.unique(np.quantile(tokens, _KNEES)) if x > 0]
     free, most = free | (_LINEAR == 0), np.where(_LINEAR == 0, tokens.max(), _LINEAR)
     fits = [regress(model, measured, free, x, most, plain.scale) for x in guesses]
-    best = min(fits, key=lambda x: x.loss, default=plain)
-    criterion = len(measured) * np.log(max(best.loss, 1e-12) / plain.loss)
-    if criterion + _KNEE_PENALTY * np.log(len(measured)) >= 0:
+    start = min(fits, key=lambda x: x.loss, default=plain).value
+    if start[4] == 0:
         return None
-    best = regress(model, measured, free, best.value, most)
+    best = regress(model, measured, free, start, most)
+    ratio = max(best.variance / plain.variance, 1e-12)
+    if len(measured) * np.log(ratio) + _KNEE_PENALTY * np.log(len(measured)) >= 0:
+        return None
     seen, _ = independent(model(best.value)[1][:, free])
     return best if seen.all() else None
 

@@ -14,6 +14,8 @@ Model = Callable[
 
 _TUNING = 1.345
 """Huber's constant: 95 % of the efficiency of least squares where errors are normal."""
+_OUTLIER = 2.5
+"""Standard deviations beyond which the size of a residual says nothing."""
 _NORMAL_MAD = 1.4826
 """Standard deviation of normal errors / their median absolute deviation."""
 _PRECISION = 1e-6
@@ -31,6 +33,7 @@ class Regression(NamedTuple):
         covariance: Of the free ones; zero for others.
         scale: Robust standard deviation of residuals, in the unit of what was measured.
         loss: Sum of Huber's losses, in units of the scale.
+        variance: Sum of squared residuals, none of them counted as more than 2.5 scales.
         dof: Measurements less free coefficients.
         exact: Whether the residuals are those of loads in float32.
     """
@@ -39,6 +42,7 @@ class Regression(NamedTuple):
     covariance: Float[np.ndarray, "p p"]
     scale: float
     loss: float
+    variance: float
     dof: int
     exact: bool
 
@@ -137,7 +141,8 @@ def regress(
         scaled = slopes[:, free] * unit
         inverse = np.linalg.pinv(scaled.T @ scaled) * np.outer(unit, unit)
         covariance[np.ix_(free, free)] = correction**2 * variance * inverse
-    return Regression(value, covariance, error, loss, dof, error <= least)
+    near = float((np.minimum(off, _OUTLIER) ** 2).sum()) * error**2
+    return Regression(value, covariance, error, loss, near, dof, error <= least)
 
 
 def _deviation(residual: Float[np.ndarray, " n"], dof: int, least: float) -> float:

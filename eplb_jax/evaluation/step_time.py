@@ -39,7 +39,7 @@ class CostFit(NamedTuple):
 
     A step takes fixed + shared * mean, and for every layer the maximum over GPUs of
     per_token * max(tokens, knee) + per_active_expert * active. In a window of many steps, these
-    are means.
+    are means: what waiting for chance adds in single steps is part of the other coefficients.
 
     Attributes:
         cost: The cost of a replica; None unless `follows` is True.
@@ -48,7 +48,7 @@ class CostFit(NamedTuple):
             term does not vary, or only together with others: it is 0, and the coefficients of
             the others include its time.
         knee: As in `value`; None if there is none, or time does not follow the load.
-        residual: Robust standard deviation of the residuals, relative to the median time.
+        residual: Robust standard deviation of the residuals, relative to the measured times.
         follows: True: time follows the load of the slowest GPU. False: less than half of it does,
             and the fit is that of a time that does not. Both with 97.5 % confidence. None: these
             windows do not tell.
