@@ -67,7 +67,8 @@ CALLS = {"jax": jax_call, "torch": torch_call}
 
 def median_time(call: Call, budget: float, most: int) -> float:
     """The median of many calls, in seconds; the first two compile and warm up."""
-    call(0), call(1)
+    call(0)
+    call(1)
     seconds, end = [], perf_counter() + budget
     while len(seconds) < 5 or (perf_counter() < end and len(seconds) < most):
         start = perf_counter()

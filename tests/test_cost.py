@@ -5,10 +5,9 @@ import numpy as np
 import pytest
 
 import eplb_jax
-from benchmarks import expert_cost
 from eplb_jax import Cost, Topology, decide, fit_cost, metrics
 from eplb_jax.planning.cost import curve_of, time_loads, time_of_replica
-from tests.helpers import QUICK
+from tests.helpers import QUICK, assert_within, noisy
 
 TOPOLOGY = Topology(4, slots=6)
 LAYERS, EXPERTS = 3, 20
@@ -37,22 +36,6 @@ def gpu_tokens(load, plan):
     share = load / np.asarray(plan.logcnt)
     slots = np.take_along_axis(share, np.asarray(plan.phy2log)[None], axis=2)
     return slots.reshape(*load.shape[:2], 4, -1).sum(axis=3)
-
-
-def noisy(seconds, noise=0.005, outliers=0.05, seed=0):
-    """Measured times: relative noise, and some steps that take twice as long."""
-    rng = np.random.default_rng(seed)
-    slow = 1 + (rng.random(len(seconds)) < outliers)
-    off = rng.normal(size=np.shape(seconds)) * noise
-    return seconds * (1 + off) * slow.reshape(-1, *[1] * (np.ndim(seconds) - 1))
-
-
-def assert_within(fit, **true):
-    """Coefficients are within three standard errors, which say something."""
-    for name, value in true.items():
-        error = getattr(fit.error, name)
-        assert abs(getattr(fit.value, name) - value) < 3 * error, name
-        assert error < 0.5 * value, name
 
 
 @pytest.mark.parametrize("tile", [1, 8, 32])
@@ -225,25 +208,6 @@ def test_decide_by_a_given_cost(plans):
     tokens = decide(load, *plans, TOPOLOGY, cost=Cost(1e-6), **MOVE)
     plain = decide(load, *plans, TOPOLOGY, seconds_per_token=1e-6, **MOVE)
     np.testing.assert_allclose(tokens.gain, plain.gain, rtol=1e-4)
-
-
-def test_the_benchmark_sees_tiles_and_says_where_there_are_none():
-    sizes = [np.where(np.arange(8) < a, n, 0) for n in expert_cost.TOKENS for a in (2, 4, 8)]
-    load = np.array(sizes)[:, None]
-    for tile in 1, 32:
-        rounded = np.ceil(load / tile).sum(axis=(1, 2)) * tile
-        seconds = noisy(1e-5 + 1e-7 * rounded + 2e-6 * (load > 0).sum(axis=(1, 2)), 0.01)
-        fit, clear = expert_cost.fit(load, seconds, expert_cost.TILES)
-        assert (fit.tile, clear) == (tile, tile > 1)
-        assert_within(fit, per_token=1e-7, per_active_expert=2e-6)
-
-
-def test_the_benchmark_prints_a_cost(capsys):
-    tokens = ["--tokens", "1", "8", "64", "256"]
-    expert_cost.main(["--backend", "torch", "--hidden", "64", "--budget", "0.01", *tokens])
-    shown = capsys.readouterr().out
-    assert "| 256 |" in shown
-    assert "eplb_jax.Cost(per_token=" in shown or "no cost: " in shown
 
 
 @pytest.mark.parametrize(
