@@ -14,7 +14,7 @@ The public names are those imported here, and those of `runtime`, `loads`, `metr
   `packing_bound` and `split_bound` are proven lower bounds. `monitoring` has numbers of a running
   service, for Prometheus, too.
 - `moves` says what leads from one plan to another, `decide` whether it is worth it, `spares_curve`
-  what more slots are worth.
+  what more slots are worth. `Cost` is what a replica costs, `fit_cost` fits it to measured times.
 - `runtime` is for use inside a running model.
 - `loads` has measured loads, `traces` synthetic ones; `replay` plans through a trace.
 - `formats` reads what engines recorded, and reads and writes their maps.
@@ -34,6 +34,7 @@ from eplb_jax.evaluation import loads as loads
 from eplb_jax.evaluation import metrics as metrics
 from eplb_jax.evaluation import monitoring as monitoring
 from eplb_jax.evaluation import traces as traces
+from eplb_jax.evaluation.cost_fit import fit_cost as fit_cost
 from eplb_jax.evaluation.decision import Decision as Decision
 from eplb_jax.evaluation.decision import decide as decide
 from eplb_jax.evaluation.engine_metrics import EngineMetrics as EngineMetrics
@@ -49,6 +50,7 @@ from eplb_jax.evaluation.sanity import inspect_loads as inspect_loads
 from eplb_jax.evaluation.spares import Spares as Spares
 from eplb_jax.evaluation.spares import spares_curve as spares_curve
 from eplb_jax.evaluation.split_bound import split_bound as split_bound
+from eplb_jax.evaluation.step_time import CostFit as CostFit
 from eplb_jax.packing.balanced_packing import balanced_packing as balanced_packing
 from eplb_jax.packing.bounds import packing_bound as packing_bound
 from eplb_jax.planning.balancer import Balancer as Balancer
