@@ -2,11 +2,12 @@
 
     python benchmarks/slot_budget.py            # five minutes, most of it compilation
 
-The windows of a trace are halved, even and odd ones. Budgets and plans come from one half, time
-from the other, and the other way round; the time lost is the sum over layers and windows of the
-tokens of the most loaded GPU, over that of the mean GPU, minus 1. CRAFT judges layers by the
-windows that its plans are made from; it has one total for a trace. `scaled` is its rule with
-thresholds that reach another total, and its padding for what is left.
+The windows of a trace are halved at random. Budgets and plans come from one half, time from the
+other, and the other way round; the time lost is the sum over layers and windows of the tokens of
+the most loaded GPU, over that of the mean GPU, minus 1. DeepSeek-V3 has two windows: as they are,
+and with the tokens of both in random halves, which is traffic that does not change. CRAFT judges
+layers by the windows that its plans are made from, and has one total for a trace; "scaled" is its
+rule with thresholds for another total, and its padding for what is left.
 """
 
 from typing import NamedTuple
@@ -17,15 +18,18 @@ import eplb_jax
 from eplb_jax import Topology, metrics
 
 TRACES = (
-    ("deepseek_v3_0324", Topology(32, slots=12)),
-    ("deepseek_v2_lite", Topology(8, slots=12)),
-    ("gpt_oss_20b", Topology(8, slots=8)),
+    ("deepseek_v3_0324", True, Topology(32, slots=12)),
+    ("deepseek_v3_0324", False, Topology(32, slots=12)),
+    ("deepseek_v2_lite", False, Topology(8, slots=12)),
+    ("gpt_oss_20b", False, Topology(8, slots=8)),
 )
+"""Trace, whether its tokens are halved and not its windows, and GPUs."""
+
 PER_GPU = (0, 1 / 16, 1 / 8, 1 / 4, 3 / 8, 1 / 2, 3 / 4, 1, 3 / 2, 2)
 """Spare slots of a GPU and layer, on average."""
 
 SPLITS = 10
-"""Number of ways in which the windows are halved."""
+"""Number of ways in which windows or tokens are halved."""
 
 SIZES = (4, 8, 16, 32)
 """Replicas that CRAFT gives a layer, if any."""
@@ -86,12 +90,33 @@ class Half(NamedTuple):
         return time_lost(self.unseen, eplb_jax.plan_layers(self.seen, topology, spares), topology)
 
 
-def halves_of(trace: np.ndarray) -> list[Half]:
-    """Random halves of the windows, each in both roles."""
-    orders = [np.random.default_rng(i).permutation(len(trace)) for i in range(SPLITS)]
-    orders = orders if len(trace) > 2 else orders[:1]
-    parts = [np.sort(x[k::2]) for x in orders for k in (0, 1)]
-    return [Half(trace[x], np.delete(trace, x, axis=0)) for x in parts]
+def halves_of(trace: np.ndarray, by_token: bool) -> list[Half]:
+    """Random halves of the windows, or of the tokens, each in both roles."""
+    found = []
+    for seed in range(SPLITS if by_token or len(trace) > 2 else 1):
+        rng = np.random.default_rng(seed)
+        if by_token:
+            total = trace.sum(axis=0)
+            one = rng.binomial(total, 0.5)
+            parts = one[None], (total - one)[None]
+        else:
+            order = rng.permutation(len(trace))
+            parts = [trace[np.sort(order[k::2])] for k in (0, 1)]
+        found += [Half(*parts), Half(*parts[::-1])]
+    return found
+
+
+def budget(half: Half, by_token: bool, topology: Topology, total: int) -> np.ndarray:
+    """Spares of every layer by `spread_slots`."""
+    load, judged = half.seen, None
+    if by_token:
+        load = np.random.default_rng(0).binomial(half.seen, 0.5)
+        judged = half.seen - load
+    elif len(load) == 1:
+        # No part is left to judge by. The plan of the other window is judged by this one, and then
+        # this one's by the other.
+        load, judged = half.unseen, half.seen
+    return eplb_jax.spread_slots(load, judged, topology, total).spares
 
 
 def uniform(total: int, num_layers: int) -> np.ndarray:
@@ -99,44 +124,57 @@ def uniform(total: int, num_layers: int) -> np.ndarray:
     return total // num_layers + (np.arange(num_layers) < total % num_layers)
 
 
-def measure(name: str, topology: Topology) -> None:
+def saved(totals: list[int], ours: np.ndarray, wanted: float) -> float:
+    """The least total with which our time is as low as wanted, between totals by interpolation."""
+    best = np.minimum.accumulate(ours)
+    first = int(np.argmax(best <= wanted)) if best[-1] <= wanted else -1
+    if first <= 0:
+        return np.nan if first else 0.0
+    part = (best[first - 1] - wanted) / (best[first - 1] - best[first])
+    return totals[first - 1] + part * (totals[first] - totals[first - 1])
+
+
+def measure(name: str, by_token: bool, topology: Topology) -> None:
     """Print the table of a trace."""
     trace = eplb_jax.loads.example(name)
     num_layers, num_gpus = trace.shape[1], topology.num_gpus
-    halves = halves_of(trace)
+    halves = halves_of(trace, by_token)
     totals = [round(x * num_gpus * num_layers) for x in PER_GPU]
-    curves = [
-        (np.asarray(eplb_jax.slots_curve(x.seen, x.seen, topology, max(SIZES))), x.seen)
-        for x in halves
-    ]
-    rules = [(x, y.sum(axis=2).mean(axis=0) / num_gpus, num_gpus) for x, y in curves]
+    rules = []
+    for half in halves:
+        curve = np.asarray(eplb_jax.slots_curve(half.seen, half.seen, topology, max(SIZES)))
+        rules.append((curve, half.seen.sum(axis=2).mean(axis=0) / num_gpus, num_gpus))
+
+    def lost(spares: list[np.ndarray]) -> np.ndarray:
+        return np.array([x.lost(y, topology) for x, y in zip(halves, spares, strict=True)])
+
+    print(f"\n{name}{', halves of tokens' * by_token}, {num_gpus} GPUs\n")
+    print("| spares of a GPU and layer | uniform | CRAFT, scaled | `spread_slots` | less | saved |")
+    print("|---|---|---|---|---|---|")
+    sides = (
+        lambda x: lost([uniform(x, num_layers)] * len(halves)),
+        lambda x: lost([craft(*y, x) for y in rules]),
+        lambda x: lost([budget(y, by_token, topology, x) for y in halves]),
+    )
+    table = np.array([[side(x) for side in sides] for x in totals])  # [totals, sides, halves]
+    mean = table.mean(axis=2)
+    for row, total, per_gpu in zip(table, totals, PER_GPU, strict=True):
+        less = row[0] - row[2]
+        error = f" +- {less.std(ddof=1) / len(less) ** 0.5:.2f}" if len(less) > 2 else ""
+        needed = saved(totals, mean[:, 2], row[0].mean())
+        part = f"{1 - needed / total:.0%}" if total and np.isfinite(needed) else "-"
+        times = " | ".join(f"{x:.2f}" for x in row.mean(axis=1))
+        print(f"| {per_gpu:g} | {times} | {less.mean():.2f}{error} | {part} |", flush=True)
     published = [craft(*x, None) for x in rules]
-
-    def ours(half: Half, total: int) -> np.ndarray:
-        # Of one window no part is left to judge by: the plan of the other window is judged by it.
-        load, judged = (half.seen, None) if len(half.seen) > 1 else half[::-1]
-        return eplb_jax.spread_slots(load, judged, topology, total).spares
-
-    print(f"\n{name}, {trace.shape[2]} experts on {num_gpus} GPUs, {num_layers} layers\n")
-    print("| spares of a GPU and layer | uniform | CRAFT, scaled | `spread_slots` | slots saved |")
-    print("|---|---|---|---|---|")
-    rows = []
-    for total in totals:
-        row = [np.mean([x.lost(uniform(total, num_layers), topology) for x in halves])]
-        scaled = [craft(*x, total) for x in rules]
-        row.append(np.mean([x.lost(y, topology) for x, y in zip(halves, scaled, strict=True)]))
-        row.append(np.mean([x.lost(ours(x, total), topology) for x in halves]))
-        rows.append(row)
-    for total, per_gpu, row in zip(totals, PER_GPU, rows, strict=True):
-        enough = [x for x, y in zip(totals, rows, strict=True) if y[2] <= row[0]]
-        saved = f"{1 - min(enough) / total:.0%}" if enough and total else "-"
-        print(f"| {per_gpu:g} | {' | '.join(f'{x:.2f}' for x in row)} | {saved} |", flush=True)
-    lost = [x.lost(y, topology) for x, y in zip(halves, published, strict=True)]
-    spent = [y.sum() for y in published]
-    same = [x.lost(ours(x, int(y)), topology) for x, y in zip(halves, spent, strict=True)]
-    per_gpu = np.mean(spent) / num_gpus / num_layers
-    print(f"\nCRAFT as published: {per_gpu:.2f} spares of a GPU and layer, {np.mean(lost):.2f} %; ")
-    print(f"`spread_slots` with as many: {np.mean(same):.2f} %", flush=True)
+    ours = [
+        budget(x, by_token, topology, int(y.sum())) for x, y in zip(halves, published, strict=True)
+    ]
+    per_gpu = np.mean([x.sum() for x in published]) / num_gpus / num_layers
+    print(
+        f"\nCRAFT as published: {per_gpu:.2f} spares of a GPU and layer, "
+        f"{lost(published).mean():.2f} %; `spread_slots` with as many: {lost(ours).mean():.2f} %",
+        flush=True,
+    )
 
 
 if __name__ == "__main__":

@@ -114,10 +114,13 @@ def train_step(
     return State(params, first, second, state.steps + 1, state.plan, past), value, routed
 
 
-def planned(past: eplb_jax.History, plan: Placement, *, num_gpus: int) -> Placement:
-    """The next plan; every device makes the same."""
+def planned(
+    past: eplb_jax.History, plan: Placement, *, num_gpus: int, choice: moe.Choice
+) -> Placement:
+    """The next plan, for the way that replicas share tokens; every device makes the same."""
     topology = eplb_jax.Topology.of_replicas(plan.phy2log.shape[1], num_gpus)
-    return eplb_jax.plan(past, topology, previous=plan)
+    split = "flexible" if choice == "shares" else None
+    return eplb_jax.plan(past, topology, previous=plan, split=split)
 
 
 def moved(state: State, plan: Placement, *, mesh: Mesh) -> State:
@@ -144,7 +147,8 @@ def train(
     state = State(params, first, second, jnp.zeros((), jnp.int32), plan, past)
     state = jax.device_put(state, lies)
 
-    step, make = partial(train_step, model=model, mesh=mesh), partial(planned, num_gpus=mesh.size)
+    step = partial(train_step, model=model, mesh=mesh)
+    make = partial(planned, num_gpus=mesh.size, choice=model.choice)
     functions = {
         "step": jax.jit(step, out_shardings=(lies, everywhere, everywhere), donate_argnums=0),
         "plan": jax.jit(make, out_shardings=everywhere),

@@ -15,7 +15,8 @@ The public names are those imported here, and those of `runtime`, `loads`, `metr
   service, for Prometheus, too.
 - `moves` says what leads from one plan to another, `decide` whether it is worth it, `spares_curve`
   what more slots are worth; `spread_slots` divides them over layers by `slots_curve`, and
-  `choose_slots` finds one number for all layers.
+  `choose_slots` finds one number for all layers. `Cost` is what a replica costs, `fit_cost` fits it
+  to measured times.
 - `runtime` is for use inside a running model.
 - `loads` has measured loads, `traces` synthetic ones; `replay` plans through a trace.
 - `formats` reads what engines recorded, and reads and writes their maps.
@@ -38,6 +39,7 @@ from eplb_jax.evaluation import traces as traces
 from eplb_jax.evaluation.choose_slots import SlotChoice as SlotChoice
 from eplb_jax.evaluation.choose_slots import SlotOption as SlotOption
 from eplb_jax.evaluation.choose_slots import choose_slots as choose_slots
+from eplb_jax.evaluation.cost_fit import fit_cost as fit_cost
 from eplb_jax.evaluation.decision import Decision as Decision
 from eplb_jax.evaluation.decision import decide as decide
 from eplb_jax.evaluation.engine_metrics import EngineMetrics as EngineMetrics
@@ -56,6 +58,7 @@ from eplb_jax.evaluation.slots_curve import slots_curve as slots_curve
 from eplb_jax.evaluation.spares import Spares as Spares
 from eplb_jax.evaluation.spares import spares_curve as spares_curve
 from eplb_jax.evaluation.split_bound import split_bound as split_bound
+from eplb_jax.evaluation.step_time import CostFit as CostFit
 from eplb_jax.packing.balanced_packing import balanced_packing as balanced_packing
 from eplb_jax.packing.bounds import packing_bound as packing_bound
 from eplb_jax.planning.balancer import Balancer as Balancer

@@ -16,7 +16,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from eplb_jax import Topology, plan
+from eplb_jax import Topology, plan, runtime
 
 LAYERS, PART, EXPERTS = 320, 64, 16
 TOPOLOGY = Topology(4, slots=6, num_nodes=2, num_groups=4)
@@ -66,8 +66,19 @@ def check(name, make, load, eager):
     assert_same(f"{name}: jit, vmap, sharded", jax.jit(jax.vmap(make))(sharded), eager)
 
 
+def check_quotas():
+    """They add up to loads as large as int32 holds."""
+    held = np.append(np.arange(EXPERTS), np.arange(8))
+    load = np.full(EXPERTS, 2**31 - 1, np.int32)
+    shares = jnp.asarray(RNG.random(held.size), jnp.float32)
+    tokens = runtime.quotas(load, held, shares).tokens
+    np.testing.assert_array_equal(np.bincount(held, np.asarray(tokens)), load)
+
+
 def main():
     chosen = sys.argv[1:]
+    if not chosen:
+        check_quotas()
     for name, (make, load) in CASES.items():
         if chosen and name not in chosen:
             continue

@@ -90,3 +90,19 @@ def assert_bits(got, wanted):
         bits = np.asarray(got[name])
         assert bits.dtype == x.dtype
         assert bits.tobytes() == np.ascontiguousarray(x).tobytes(), name
+
+
+def noisy(seconds, noise=0.005, outliers=0.05, seed=0):
+    """Measured times: relative noise, and some steps that take twice as long."""
+    rng = np.random.default_rng(seed)
+    slow = 1 + (rng.random(len(seconds)) < outliers)
+    off = rng.normal(size=np.shape(seconds)) * noise
+    return seconds * (1 + off) * slow.reshape(-1, *[1] * (np.ndim(seconds) - 1))
+
+
+def assert_within(fit, **true):
+    """Coefficients are within three standard errors, which say something."""
+    for name, value in true.items():
+        error = getattr(fit.error, name)
+        assert abs(getattr(fit.value, name) - value) < 3 * error, name
+        assert error < 0.5 * value, name

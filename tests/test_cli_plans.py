@@ -114,6 +114,28 @@ def test_decide_judges_as_the_function_does(files, old):
     assert content["order"] == [LAYERS[x] for x in answer.order]
 
 
+def test_decide_by_measured_seconds_and_by_a_cost(files, old):
+    new = eplb_jax.plan(LOAD, TOPOLOGY, policy="global", strategy="greedy")
+    write("new.json", np.asarray(new.phy2log))
+    costs = {"bytes_per_expert": 1000, "bandwidth": 1e6, "serves": 10}
+    options = [x for k, v in costs.items() for x in (f"--{k.replace('_', '-')}", v)]
+    command = ["decide", "load.npz", "old.json", "new.json", *options, "--json", "-"]
+    with open("seconds.txt", "w") as file:
+        file.write("0.5\n0.5\n0.5\n0.5\n")
+    told = run(*command, "--seconds", "seconds.txt")
+    assert told.stderr.startswith("keep: measured time does not follow the load")
+    assert json.loads(told.stdout)["gain"] == 0
+    units = {"tile": 8, "tokens_per_step": 120}
+    tiles = [x for k, v in units.items() for x in (f"--{k.replace('_', '-')}", v)]
+    told = run(*command, "--seconds-per-active-expert", 1e-3, *tiles)
+    cost = eplb_jax.Cost(0, 1e-3, **units)
+    answer = eplb_jax.decide(LOAD, old, new, TOPOLOGY, cost=cost, **costs)
+    assert json.loads(told.stdout)["gain"] == pytest.approx(answer.gain)
+    assert "give either --seconds, or" in error(*command)
+    np.savez("seconds.npz", seconds=np.ones(4))
+    assert "seconds.npz holds npz" in error(*command, "--seconds", "seconds.npz")
+
+
 def test_balance_of_a_plan_and_without(files, old):
     told = run("balance", "load.npz", "--plan", "old.json", "--top", 2, "--json", "-")
     content = json.loads(told.stdout)

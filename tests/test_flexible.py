@@ -45,6 +45,33 @@ def test_with_more_gpus_the_bound_is_below_the_optimum_and_near(case):
     assert np.all(bound >= np.array(exact) * 0.995)
 
 
+@pytest.mark.quality
+@pytest.mark.parametrize(
+    ("num_gpus", "slots"), [(3, 2), (6, 4), (10, 3), (12, 6), (16, 5), (24, 3), (32, 9), (64, 2)]
+)
+def test_bound_and_split_of_many_random_layers(num_gpus, slots):
+    """40 of each shape, of all kinds of loads; replicas anywhere, or on the next GPU, as chains."""
+    rng = np.random.default_rng(num_gpus)
+    num_experts = num_gpus * (slots - 1)  # as many as a ring has
+    kinds = [
+        rng.lognormal(0, 1, (10, num_experts)),
+        rng.lognormal(0, 3, (10, num_experts)),
+        rng.choice([0.5, 1.5], (10, num_experts)),
+        rng.random((10, num_experts)) * (rng.random((10, num_experts)) < 0.3) + 1e-3,
+    ]
+    load = np.concatenate(kinds).astype(np.float32)
+    plans = np.stack([random_plan(rng, num_experts, num_gpus, slots) for _ in load])
+    ring = np.stack([np.arange(num_gpus), np.roll(np.arange(num_gpus), 1)], axis=1)
+    own = np.arange(num_gpus, num_gpus * (slots - 1)).reshape(num_gpus, slots - 2)
+    plans[::4] = np.concatenate([ring, own], axis=1).reshape(-1)
+    bound = np.asarray(eplb_jax.split_bound(load, plans, num_gpus))
+    exact = [least_max(x.astype(float), y, num_gpus) for x, y in zip(load, plans, strict=True)]
+    exact, reached = np.array(exact), metrics.gpu_loads(load, plans, num_gpus, split="flexible")
+    assert np.all(bound <= exact * (1 + 1e-5))
+    assert np.all(bound >= exact * (1 - 1e-5 if num_gpus <= 12 else 0.995))
+    assert np.all(np.asarray(reached).max(axis=1) <= exact * 1.005)
+
+
 @pytest.fixture(scope="module")
 def history():
     history = eplb_jax.init_history(24, 32)

@@ -9,6 +9,7 @@ from eplb_jax import formats
 from eplb_jax.evaluation import loads
 from eplb_jax.evaluation.sanity import inspect_loads
 from eplb_jax.formats import PlanFile, Recording
+from eplb_jax.formats.sources import open_source
 from eplb_jax.planning.plan import plan as make_plan
 from eplb_jax.types import Topology
 
@@ -26,6 +27,24 @@ def read_loads(name: str, format: str | None = None, num_experts: int | None = N
     findings = inspect_loads(found.load, layers=found.layers)
     warn(f"{name}: warning", tuple(x.message for x in findings))
     return found
+
+
+def read_seconds(name: str) -> np.ndarray:
+    """The times in a file: .npy, a JSON list, or text with a line for every window.
+
+    Raises:
+        ValueError: The file is none of these, or holds something else than numbers.
+    """
+    source = open_source(name)
+    content = source.content
+    if source.kind == "text":
+        content = content.split()
+    elif source.kind not in ("npy", "json", "table"):
+        raise ValueError(f"{name} holds {source.kind}; seconds are .npy, a JSON list or lines")
+    try:
+        return np.asarray(content, np.float64)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name} does not hold the seconds of windows: {error}") from error
 
 
 def read_plan(

@@ -12,6 +12,7 @@ from numpy.typing import ArrayLike
 
 from eplb_jax.checks import LoadLike, as_experts, as_load
 from eplb_jax.planning.bounds import plan_bound
+from eplb_jax.planning.cost import Cost, Curve, curve_of, time_loads
 from eplb_jax.planning.gpus import as_speed
 from eplb_jax.planning.placement import as_placement
 from eplb_jax.sharding import spec_of, under_auto
@@ -50,6 +51,7 @@ def balance(
     *,
     split: Float[Array, "*TL R"] | Literal["flexible"] | None = None,
     speed: ArrayLike | Array | None = None,
+    cost: Cost | None = None,
 ) -> Balance:
     """The balance of a plan under a load, which need not be the one it was made for.
 
@@ -64,20 +66,22 @@ def balance(
             needs GPUs with equally many slots. None: the replicas of an expert share its load
             equally.
         speed: Of every GPU, [G], in any unit: the balance is that of load / speed. None: equal.
+        cost: The balance is that of the time of GPUs, in the unit of the cost, which replaces the
+            load; it needs equal shares. None: of the load.
 
     Returns:
         GPU loads, imbalance and balancedness, with the leading axes of the load, and their means.
 
     Raises:
         TypeError: An argument is of the wrong kind.
-        ValueError: Load, plan, topology and split do not fit, the plan is invalid, or a load is
-            NaN, infinite or negative.
+        ValueError: Load, plan, topology and split do not fit, the plan is invalid, a load is NaN,
+            infinite or negative, or there are both a cost and a split.
 
     Example:
         >>> balance([[100, 200]], [[0, 1]], Topology(2, slots=1)).balancedness.tolist()
         [0.75]
     """
-    loads = gpu_loads(load, placement, topology, split=split)
+    loads = gpu_loads(load, placement, topology, split=split, cost=cost)
     held = as_experts(placement, "placement") >= 0
     topology = as_topology(topology, held.shape[-1])
     live = jnp.zeros((*held.shape[:-1], topology.num_gpus), bool)
@@ -91,14 +95,26 @@ def gpu_loads(
     topology: Topology | int,
     *,
     split: Float[Array, "*TL R"] | Literal["flexible"] | None = None,
+    cost: Cost | None = None,
 ) -> Float[Array, "*TL G"]:
     """The load of every GPU, in the unit of the load. Arguments and errors are those of `balance`.
+
+    With a cost it is the time of every GPU, in the unit of the cost.
 
     Example:
         >>> gpu_loads([[100, 200]], [[0, 1, 1, 0]], Topology(2, slots=2)).tolist()
         [[150.0, 150.0]]
+        >>> reads = Cost(per_token=0.01, per_active_expert=5)
+        >>> gpu_loads([[100, 200]], [[0, 1]], Topology(2, slots=1), cost=reads).tolist()
+        [[6.0, 7.0]]
     """
     array = as_load(load, "load")
+    if not isinstance(cost, Cost | None):
+        raise TypeError(
+            f"cost must be an eplb_jax.Cost, got {cost!r}; for example Cost(per_token=1e-6)"
+        )
+    if cost is not None and split is not None:
+        raise ValueError("cost is that of replicas with equal shares, got a split, too; give one")
     plan = as_placement(placement, "placement", array.shape[-1])
     if plan.logcnt.shape != array.shape[-2:]:
         raise ValueError(
@@ -119,7 +135,8 @@ def gpu_loads(
             raise ValueError(f"split has the shape {split.shape}, but the plan is for {shapes[0]}")
     loads = partial(_gpu_loads, topology=topology)
     leading = PartitionSpec(*spec_of(array)[:-1])
-    return under_auto(loads, leading, array, plan.phy2log, plan.logcnt, split)
+    curve = None if cost is None else curve_of(cost)
+    return under_auto(loads, leading, array, plan.phy2log, plan.logcnt, split, curve)
 
 
 @partial(jax.jit, static_argnames="topology")
@@ -128,10 +145,13 @@ def _gpu_loads(
     phy2log: Int32[Array, "*L R"],
     logcnt: Int32[Array, "*L E"],
     split: Float[Array, "... R"] | None,
+    curve: Curve | None,
     *,
     topology: Topology,
 ) -> Float[Array, "*TL G"]:
     leading = load.shape[:-1]
+    if curve is not None:
+        load = time_loads(load, jnp.broadcast_to(logcnt, load.shape), curve)
     count = jnp.broadcast_to(logcnt, load.shape).astype(jnp.float32)
     per_replica = load if split is not None else load / count
     expert = jnp.broadcast_to(phy2log, (*leading, phy2log.shape[-1]))

@@ -65,7 +65,7 @@ def _split_bound(
             return jnp.max(prefix_ratios(load, phy2log, gpu_load)[0])
         sets = jnp.asarray(all_sets(num_gpus))
         held = experts_on_gpus(phy2log, load.shape[0], num_gpus)
-        inside = loads_inside(load[None], replicas_outside(held, sets))[0]
+        inside = loads_inside(load[None], replicas_outside(held, sets))[:, 0]
         return jnp.max(inside / jnp.sum(sets, axis=1, dtype=jnp.int32).astype(jnp.float32))
 
     return jnp.vectorize(of_layer, signature="(e),(r),(g)->()")(load, phy2log, gpu_load)

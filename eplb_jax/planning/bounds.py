@@ -13,6 +13,7 @@ from numpy.typing import ArrayLike
 
 from eplb_jax.checks import LoadLike, as_load
 from eplb_jax.packing.bounds import bound_of_layer
+from eplb_jax.planning.cost import Cost, Curve, curve_of, time_loads
 from eplb_jax.planning.gpus import as_speed
 from eplb_jax.planning.replication import replicate
 from eplb_jax.sharding import spec_of, under_auto
@@ -38,6 +39,7 @@ def plan_bound(
     *,
     split: Literal["flexible"] | None = None,
     speed: ArrayLike | Array | None = None,
+    cost: Cost | None = None,
 ) -> Float[Array, "*L"]:
     """A lower bound on the maximum GPU load of any plan, whatever its replica counts.
 
@@ -57,14 +59,19 @@ def plan_bound(
         split: "flexible": of any plan under any split, which is the mean GPU load or the largest
             replica of the best counts. None: replicas share the load of an expert equally.
         speed: Of every GPU, [G]; None: equal.
+        cost: What tokens and active experts cost: the bound is that of the time of a GPU in a
+            window, whether slots are used or not. It is the least T for which there are counts
+            whose replicas take at most T each, fit in the slots, and take at most G T in total.
+            None: tokens.
 
     Returns:
-        The bound of every layer (and window), in the unit of the load, or of load / speed.
+        The bound of every layer (and window), in the unit of the load, or of load / speed, or of
+        the cost.
 
     Raises:
         TypeError: An argument is of the wrong kind.
-        ValueError: There are fewer slots than experts, `load` has another shape, or a load is NaN,
-            infinite or negative.
+        ValueError: There are fewer slots than experts, `load` has another shape, a load is NaN,
+            infinite or negative, or `cost` is given with `split` or `speed`.
 
     Example:
         >>> plan_bound([[90, 30, 20, 10]], Topology(3, slots=2)).tolist()
@@ -73,6 +80,12 @@ def plan_bound(
     array = as_load(load, "load")
     check_topology(topology)
     check_experts(topology, array.shape[-1])
+    if cost is not None:
+        if split is not None or speed is not None:
+            raise ValueError("cost takes no split and no speed; nearest: without these")
+        most = min(topology.num_gpus, topology.num_replicas - array.shape[-1] + 1)
+        numbers = {"num_replicas": topology.num_replicas, "num_gpus": topology.num_gpus}
+        return _time_bound(jnp.asarray(array), curve_of(cost), most=most, **numbers)
     bound = partial(_plan_bound, num_replicas=topology.num_replicas, num_gpus=topology.num_gpus)
     if split is not None or speed is not None or not isinstance(topology.slots, int):
         takes = jnp.asarray(np.array(topology.slots_of_gpu) > 0)
@@ -91,6 +104,35 @@ def _plan_bound(
     else:
         bound = partial(_plan_bound_of_layer, num_replicas=num_replicas, num_gpus=num_gpus)
     return jnp.vectorize(bound, signature="(e)->()")(load)
+
+
+@partial(jax.jit, static_argnames=("most", "num_replicas", "num_gpus"))
+def _time_bound(
+    load: Float[Array, "*L E"], curve: Curve, *, most: int, num_replicas: int, num_gpus: int
+) -> Float[Array, "*L"]:
+    def of_layer(load: Float[Array, " E"]) -> Float[Array, ""]:
+        count = jnp.arange(1, most + 1, dtype=jnp.int32)
+        loads = jnp.broadcast_to(load, (most, load.shape[0]))
+        counts = jnp.broadcast_to(count[:, None], loads.shape)
+        work = time_loads(loads, counts, curve)  # [count, E]
+        time = work / counts.astype(jnp.float32)
+        least_work = lax.cummin(work, axis=0, reverse=True)
+
+        def halve(_: Array | int, between: _Between) -> _Between:
+            middle = (between.below + between.above) / 2
+            above = jnp.sum(time > middle, axis=0, dtype=jnp.int32)  # the counts that are too few
+            total = jnp.take_along_axis(least_work, jnp.minimum(above, most - 1)[None], axis=0)
+            passed = jnp.all(above < most) & (jnp.sum(above + 1, dtype=jnp.int32) <= num_replicas)
+            passed &= jnp.sum(total) <= num_gpus * middle
+            return _Between(
+                jnp.where(passed, between.below, middle), jnp.where(passed, middle, between.above)
+            )
+
+        below = jnp.sum(least_work[0]) / num_gpus
+        above = jnp.maximum(below, jnp.max(time[0])) * (1 + 1e-6)
+        return lax.fori_loop(0, _HALVINGS, halve, _Between(below * (1 - 1e-6), above)).below
+
+    return jnp.vectorize(of_layer, signature="(e)->()")(load)
 
 
 @partial(jax.jit, static_argnames="num_replicas")

@@ -68,6 +68,14 @@ def layers_and_experts(load: Array | np.ndarray | History) -> tuple[int, int]:
     return array.shape[-2], array.shape[-1]
 
 
+def tokens_of_a_window(load: Array | np.ndarray | History) -> Float[Array, ""]:
+    """Tokens of a layer in a window, mean over those with any; 1 without."""
+    windows = jnp.asarray(load.recent if isinstance(load, History) else load)
+    total = jnp.sum(sanitise(windows), axis=-1)
+    count = jnp.maximum(jnp.sum(total > 0), 1).astype(jnp.float32)
+    return jnp.maximum(jnp.sum(total) / count, 1)
+
+
 def as_weights(
     weights: LoadLike | Literal["equal"] | None, load: Array | np.ndarray | History
 ) -> Float[Array, " T"] | None:

@@ -36,9 +36,9 @@ def fresh_plan(
 
     With `empty`, so many slots of every node hold -1, less than one a GPU, on distinct GPUs.
     """
-    num_nodes, num_groups = topology.num_nodes, topology.num_groups
+    num_nodes = topology.num_nodes
     forecast = forecast_of(load, weights, summed=not strategy.distinct)
-    num_layers, num_experts = forecast.load.shape
+    num_experts = forecast.load.shape[1]
     group_key, gpu_key = jax.random.split(fixed_if_none(key))
 
     counts = topology.num_replicas // num_nodes, topology.gpus_per_node
@@ -46,16 +46,9 @@ def fresh_plan(
     if num_nodes == 1:
         replicas = _place_in_node(forecast, *counts, strategy, gpu_key, holes)
         return replicas if empty is None else _without_empty(replicas)
-    group_size = num_experts // num_groups
-    by_group = forecast.map(
-        lambda x: ordered_sum(x.reshape(*x.shape[:-1], num_groups, group_size), -1)
-    )
-    groups = packs(by_group.load, num_nodes, strategy, group_key, windows=by_group.windows)
-    first = groups.reshape(num_layers * num_nodes, num_groups // num_nodes, 1) * group_size
-    experts = first + jnp.arange(group_size, dtype=jnp.int32)[None, None]
-    experts = experts.reshape(num_layers * num_nodes, num_experts // num_nodes)
+    experts = experts_of_nodes(forecast, topology, strategy, group_key)
     # From here a row is a node of a layer, and its experts are numbered as in `experts`.
-    of_node = forecast.map(lambda x: _take(jnp.repeat(x, num_nodes, axis=0), experts))
+    of_node = forecast.map(lambda x: take_experts(jnp.repeat(x, num_nodes, axis=0), experts))
     replicas = _place_in_node(of_node, *counts, strategy, gpu_key, holes)
     if empty is not None:
         experts = jnp.pad(experts, ((0, 0), (0, 1)), constant_values=-1)
@@ -64,7 +57,21 @@ def fresh_plan(
     return Replication(phy2log, rank, count_replicas(phy2log, num_experts))
 
 
-def _take(x: Float[Array, "L *T E"], index: Int32[Array, "L n"]) -> Float[Array, "L *T n"]:
+def experts_of_nodes(
+    forecast: Forecast, topology: Topology, strategy: Strategy, key: Key[Array, ""]
+) -> Int32[Array, "rows n"]:
+    """The experts of every node, [L * N, E / N]: whole groups, so that nodes are balanced."""
+    num_layers, num_experts = forecast.load.shape
+    num_nodes, num_groups = topology.num_nodes, topology.num_groups
+    size = num_experts // num_groups
+    by_group = forecast.map(lambda x: ordered_sum(x.reshape(*x.shape[:-1], num_groups, size), -1))
+    groups = packs(by_group.load, num_nodes, strategy, key, windows=by_group.windows)
+    first = groups.reshape(num_layers * num_nodes, num_groups // num_nodes, 1) * size
+    experts = first + jnp.arange(size, dtype=jnp.int32)[None, None]
+    return experts.reshape(num_layers * num_nodes, num_experts // num_nodes)
+
+
+def take_experts(x: Float[Array, "L *T E"], index: Int32[Array, "L n"]) -> Float[Array, "L *T n"]:
     """``x[..., index]``, layer by layer."""
     return along(x, index[:, None] if x.ndim == 3 else index, -1)
 
@@ -82,14 +89,13 @@ def _place_in_node(
     Empty slots are the replicas of one more expert, without load.
     """
     num_experts = forecast.load.shape[1]
-    spares = num_replicas - num_experts
     # More replicas than GPUs would put an expert twice on one and serve it no better.
     most = num_gpus if num_replicas <= num_experts * num_gpus else None
     if empty is not None:
         forecast = forecast.map(lambda x: jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, 1)]))
     elif not strategy.distinct:
         replication = replicate(forecast.load, num_replicas)
-        return _pack(forecast, replication, num_gpus, strategy, key)
+        return pack_replicas(forecast, replication, num_gpus, strategy, key)
     load = forecast.load
     if forecast.above is not None:
         counts = counts_over_windows(load, forecast.above, num_replicas, num_gpus, most, empty)
@@ -99,8 +105,9 @@ def _place_in_node(
         counts = replicate(load, num_replicas, most, empty=empty).logcnt[:, None]
     choices = counts.shape[1]
     repeated = forecast.map(lambda x: jnp.repeat(x, choices, axis=0))
-    replication = list_replicas(counts.reshape(len(load) * choices, -1), num_replicas)
-    replicas = _pack(repeated, replication, num_gpus, strategy, key, spares)
+    replication = list_replicas(counts.reshape(-1, counts.shape[2]), num_replicas)
+    holds_empty = empty is not None
+    replicas = pack_replicas(repeated, replication, num_gpus, strategy, key, empty=holds_empty)
     if choices > 1:
         windows = load[:, None] if forecast.windows is None else forecast.windows
         replicas = _best(replicas, windows, counts, num_gpus)
@@ -111,24 +118,24 @@ def _place_in_node(
     return jax.tree.map(lambda x, y: jnp.where(idle, x, y), without_load, replicas)
 
 
-def _pack(
+def pack_replicas(
     forecast: Forecast,
     replication: Replication,
     num_gpus: int,
     strategy: Strategy,
     key: Key[Array, ""],
-    spares: int | None = None,
+    *,
+    empty: bool = False,
 ) -> Replication:
-    """These replicas in the slots of GPUs.
-
-    With `spares`, the number of replicas beyond the first of their expert, those of an expert are
-    on distinct GPUs.
-    """
+    """These replicas in the slots of GPUs; with `empty`, the last expert stands for empty slots."""
     expert, rank, logcnt = replication
-    num_experts = logcnt.shape[1]
-    count = jnp.maximum(logcnt, 1).astype(jnp.float32)
-    weight = forecast.map(lambda x: _take(x / (count[:, None] if x.ndim == 3 else count), expert))
-    labels = None if spares is None else expert + num_experts * (rank // num_gpus)
+    num_experts, num_replicas = logcnt.shape[1], expert.shape[1]
+    count = (jnp.maximum(logcnt, 1) if empty else logcnt).astype(jnp.float32)
+    weight = forecast.map(
+        lambda x: take_experts(x / (count[:, None] if x.ndim == 3 else count), expert)
+    )
+    labels = expert + num_experts * (rank // num_gpus) if strategy.distinct or empty else None
+    spares = num_replicas - num_experts + empty
     slots = packs(weight.load, num_gpus, strategy, key, labels, spares, weight.windows)
     slots = slots.reshape(expert.shape)
     return Replication(along(expert, slots, 1), along(rank, slots, 1), logcnt)

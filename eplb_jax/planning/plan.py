@@ -16,10 +16,12 @@ from eplb_jax.checks import (
     check_multiple,
     is_concrete,
 )
+from eplb_jax.planning.cost import Cost, curve_of
 from eplb_jax.planning.forecast import (
     as_load_or_history,
     as_weights,
     layers_and_experts,
+    tokens_of_a_window,
 )
 from eplb_jax.planning.gpus import Gpus, align, as_active, as_speed
 from eplb_jax.planning.history import History
@@ -28,6 +30,7 @@ from eplb_jax.planning.per_node import fresh_plan
 from eplb_jax.planning.placement import as_placement, place
 from eplb_jax.planning.policy import Policy, is_hierarchical, resolve_policy
 from eplb_jax.planning.strategies import Strategy, resolve_strategy
+from eplb_jax.planning.time_plan import time_plan
 from eplb_jax.transition.relabel import relabel
 from eplb_jax.types import Placement, Replication, Topology, check_topology
 
@@ -48,6 +51,7 @@ def plan(
     max_moves: int | None = None,
     move_penalty: float | None = None,
     split: Literal["flexible"] | None = None,
+    cost: Cost | None = None,
     check: bool = True,
 ) -> Placement:
     """Choose the expert of every physical slot, from measured loads.
@@ -104,6 +108,9 @@ def plan(
             than `tolerance` times 1 % above the mean. GPUs must be alive and equal; with more than
             8, plans as good may differ with the layers planned beside. None: a plan for replicas
             that share the load of their expert equally.
+        cost: What tokens and active experts cost: GPUs are balanced by time, and a slot holds -1
+            where another replica would cost more than it relieves. GPUs must be alive and equal;
+            of the limits only `tolerance` applies. None: tokens.
         check: Whether to reject loads that are NaN, infinite or negative. Checking a JAX array
             waits for its device; without it such loads count as inside `jax.jit`.
 
@@ -130,7 +137,8 @@ def plan(
     options = {"weights": weights, "policy": policy, "strategy": strategy, "key": key}
     options |= {"previous": previous, "previous_gpus": previous_gpus, "check": check}
     options |= {"active": active, "speed": speed, "tolerance": tolerance}
-    options |= {"max_moves": max_moves, "move_penalty": move_penalty, "split": split}
+    options |= {"max_moves": max_moves, "move_penalty": move_penalty}
+    options |= {"split": split, "cost": cost}
     return place(plan_replicas(load, topology, **options))
 
 
@@ -142,6 +150,7 @@ def rebalance_experts(
     num_gpus: int,
     *,
     policy: Policy = "auto",
+    cost: Cost | None = None,
     **options: Any,
 ) -> Placement:
     """`plan` with DeepSeek's arguments, names and order.
@@ -153,6 +162,7 @@ def rebalance_experts(
         num_nodes: N; divides num_gpus and, for the hierarchical policy, num_groups.
         num_gpus: G, over all nodes.
         policy: "auto", "global" or "hierarchical".
+        cost: As of `plan`.
         **options: The other keyword arguments of `plan`. ``strategy="greedy"`` gives DeepSeek's
             plan, slot for slot.
 
@@ -181,7 +191,7 @@ def rebalance_experts(
     if num_gpus % num_nodes and resolve_policy(policy, num_groups, num_nodes) == "global":
         num_nodes = 1  # the global policy needs no nodes
     topology = Topology(num_gpus, num_replicas // num_gpus, num_nodes, num_groups)
-    return place(_plan_replicas(load, topology, "weight", policy=policy, **options))
+    return place(_plan_replicas(load, topology, "weight", policy=policy, cost=cost, **options))
 
 
 def plan_replicas(load: LoadLike | History, topology: Topology, **options: Any) -> Replication:
@@ -231,6 +241,7 @@ def _plan_replicas(
     max_moves: int | None = None,
     move_penalty: float | None = None,
     split: Literal["flexible"] | None = None,
+    cost: Cost | None = None,
 ) -> Replication:
     """The checks of `plan`, and the choice of what to run. Loads are checked already."""
     num_layers, num_experts = layers_and_experts(load)
@@ -248,6 +259,18 @@ def _plan_replicas(
         raise ValueError("tolerance=None, a new plan, takes no limits; nearest: tolerance=0")
     limits = as_limits(tolerance, max_moves, move_penalty)
     elastic = not topology.is_uniform or any(x is not None for x in gpus)
+    if cost is not None:
+        if elastic or split is not None or (max_moves, move_penalty) != (None, None):
+            raise ValueError(
+                "cost needs equal GPUs that are all alive, and takes no split, max_moves or "
+                "move_penalty; nearest: without these"
+            )
+        old = None
+        if previous is not None:
+            old = align(previous, topology, num_layers, num_experts, previous_gpus)
+        curve = curve_of(cost, cost.tokens_per_step or tokens_of_a_window(load))
+        keeps = None if tolerance is None else limits.tolerance
+        return time_plan(*seen, as_key(key), old, curve, keeps, **options)
     if previous is not None and not elastic:
         moved = previous_gpus is not None
         elastic = not _holds_all(previous, topology.num_replicas, num_experts, moved)

@@ -79,9 +79,10 @@ def _quotas(
         listed = jnp.concatenate([shares, jnp.zeros(1, shares.dtype)])[slot]
         total = jnp.cumsum(listed, axis=1)
         whole = total[:, -1:]
-        part = jnp.where(whole > 0, total / jnp.where(whole > 0, whole, 1), 1)
+        # XLA may divide by way of the inverse, so that the last part is below 1.
+        part = total * (1 / jnp.where(whole > 0, whole, 1))
         ends = jnp.round(part * load[:, None].astype(jnp.float32)).astype(jnp.int32)
-        ends = jnp.where(part >= 1, load[:, None], jnp.minimum(ends, load[:, None]))
+        ends = jnp.where(total >= whole, load[:, None], jnp.minimum(ends, load[:, None]))
         first = jnp.concatenate([jnp.zeros_like(ends[:, :1]), ends[:, :-1]], axis=1)
         empty = jnp.zeros(num_slots + 1, jnp.int32)
         tokens = empty.at[slot].set(ends - first)[:num_slots]

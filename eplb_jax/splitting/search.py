@@ -44,25 +44,29 @@ _STEPS, _PATIENCE = 160, 12
 _GENERATIONS, _STEPS_OF_ONE = 8, 10
 """With more GPUs: generations, and steps of each."""
 
-_MEMORY, _TIGHT = 4, 4
+_MEMORY, _TIGHT = 4, 2
 """Generations whose tight sets are kept, and number of these sets of every window."""
 
 _PAIRS_UP_TO = 24
 """Number of GPUs up to which all pairs of them are in the family."""
 
-_TRIED = 16
+_TRIED = 8
 """Number of swaps and changes that are tried in a step there; with all sets, the best of every slot
 are."""
 
-_SPLIT_STEPS = 48
-"""Steps of the splits between generations."""
+_FIRST_SPLIT, _SPLIT_STEPS = 48, 24
+"""Steps of the first split, and of those between generations, which begin with the last shares."""
+
+_OF_A_CHANGE = 0.5
+"""Share of a slot to begin with whose expert has changed."""
 
 
 class _State(NamedTuple):
-    """The best plan, its cost, and sets that were tight in plans so far."""
+    """The best plan, its cost and shares, and sets that were tight in plans so far."""
 
     best: Int32[Array, " R"]
     cost: Int32[Array, ""]
+    shares: Float[Array, "T R"]
     sets: Bool[Array, "memory T*K G"]
 
 
@@ -127,11 +131,11 @@ def _among_tight_sets(
 ) -> Int32[Array, " R"]:
     small = jnp.asarray(small_sets(num_gpus, 2 if num_gpus <= _PAIRS_UP_TO else 1))
     layer = layer_of(windows, start, slack, max_moves, num_gpus)
-    gpu_load = _split(layer, start, num_gpus)
+    gpu_load, shares = _split(layer, start, None, num_gpus, _FIRST_SPLIT)
     layer = with_scale(layer, jnp.max(gpu_load, axis=1))
     tight = tight_sets(layer.units, start, gpu_load, _TIGHT).reshape(-1, num_gpus)
     cost = cost_of(layer, jnp.max(gpu_load, axis=1))
-    state = _State(start, cost, jnp.stack([tight] * _MEMORY))
+    state = _State(start, cost, shares, jnp.stack([tight] * _MEMORY))
 
     def generation(number: Array | int, state: _State) -> _State:
         sets = jnp.concatenate([small, state.sets.reshape(-1, num_gpus)])
@@ -140,26 +144,35 @@ def _among_tight_sets(
             return step(layer, walk, sets, number * _STEPS_OF_ONE + i, node, _TRIED)
 
         last = lax.fori_loop(0, _STEPS_OF_ONE, go, begin(layer, state.best, sets)).phy2log
-        gpu_load = _split(layer, last, num_gpus)
+        shares = jnp.where(last == state.best, state.shares, _OF_A_CHANGE)
+        gpu_load, shares = _split(layer, last, shares, num_gpus, _SPLIT_STEPS)
         cost = cost_of(layer, jnp.max(gpu_load, axis=1))
         tight = tight_sets(layer.units, last, gpu_load, _TIGHT).reshape(1, -1, num_gpus)
         better = cost < state.cost
         return _State(
             jnp.where(better, last, state.best),
             jnp.where(better, cost, state.cost),
+            jnp.where(better, shares, state.shares),
             jnp.concatenate([state.sets[1:], tight]),
         )
 
     return lax.fori_loop(0, _GENERATIONS, generation, state).best
 
 
-def _split(layer: Layer, phy2log: Int32[Array, " R"], num_gpus: int) -> Float[Array, "T G"]:
-    """The loads of GPUs under a good split of every window."""
+def _split(
+    layer: Layer,
+    phy2log: Int32[Array, " R"],
+    start: Float[Array, "T R"] | None,
+    num_gpus: int,
+    steps: int,
+) -> tuple[Float[Array, "T G"], Float[Array, "T R"]]:
+    """The loads of GPUs under a good split of every window, and its shares."""
     num_experts = layer.units.shape[1]
     count = jnp.sum(experts_on_gpus(phy2log, num_experts, num_gpus), axis=1, dtype=jnp.int32)
+    options = {"num_gpus": num_gpus, "steps": steps}
 
-    def of_window(load: Float[Array, " E"]) -> Float[Array, " G"]:
-        share = split_of_layer(load, phy2log, count, num_gpus=num_gpus, steps=_SPLIT_STEPS)
-        return jnp.sum((share * load[phy2log]).reshape(num_gpus, -1), axis=1)
+    def of_window(load: Float[Array, " E"], start: Float[Array, " R"] | None) -> tuple:
+        share = split_of_layer(load, phy2log, count, start, **options)
+        return jnp.sum((share * load[phy2log]).reshape(num_gpus, -1), axis=1), share
 
-    return jax.vmap(of_window)(layer.units)
+    return jax.vmap(of_window)(layer.units, start)

@@ -39,19 +39,19 @@ def experts_on_gpus(
     return jnp.zeros((num_experts, num_gpus), jnp.int32).at[expert, gpu].add(1, mode="drop")
 
 
-def replicas_outside(count: Int32[Array, "E G"], sets: Bool[Array, "M G"]) -> Float[Array, "E M"]:
+def replicas_outside(count: Int32[Array, "E G"], sets: Bool[Array, "M G"]) -> Float[Array, "M E"]:
     """The number of replicas that every expert has outside of every set; small whole numbers."""
     outside = (~sets).astype(jnp.float32)
-    return jnp.dot(count.astype(jnp.float32), outside.T, precision=lax.Precision.HIGHEST)
+    return jnp.dot(outside, count.astype(jnp.float32).T, precision=lax.Precision.HIGHEST)
 
 
-def loads_inside(units: Float[Array, "T E"], outside: Float[Array, "E M"]) -> Float[Array, "T M"]:
+def loads_inside(units: Float[Array, "T E"], outside: Float[Array, "M E"]) -> Float[Array, "M T"]:
     """The load that cannot leave a set: of experts without a replica outside of it.
 
     Loads are whole numbers that add up to less than 2^24, so that float32 sums are exact.
     """
     inside = (outside == 0).astype(jnp.float32)
-    return jnp.dot(units, inside, precision=lax.Precision.HIGHEST)
+    return jnp.dot(inside, units.T, precision=lax.Precision.HIGHEST)
 
 
 def ranks_of(value: Float[Array, " m"]) -> Int32[Array, " m"]:

@@ -8,7 +8,6 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int32
 
 from eplb_jax.arrays import (
-    along,
     first_equal,
     fixed_point,
     index_bits,
@@ -18,8 +17,8 @@ from eplb_jax.arrays import (
 )
 from eplb_jax.splitting.sets import experts_on_gpus, loads_inside, replicas_outside
 
-_NEVER = 1 << 30
-"""The gain of what is not allowed."""
+_NEVER, _LIMIT = 2.0**30, 2.0**29
+"""The gain of what is not allowed, and what gains that are allowed are below."""
 
 _LOAD_BITS = 22
 """Bits of the load of a window: sums are exact in float32."""
@@ -49,7 +48,6 @@ class Walk(NamedTuple):
     Attributes:
         phy2log: The expert in every slot.
         held: Replicas of every expert on every GPU.
-        outside: Replicas of every expert outside of every set.
         inside: The load that cannot leave each set.
         moves: Slots with an expert that their GPU lacks in the plan in place.
         cost: The sum of squares of excesses.
@@ -58,8 +56,7 @@ class Walk(NamedTuple):
 
     phy2log: Int32[Array, " R"]
     held: Int32[Array, "E G"]
-    outside: Float[Array, "E M"]
-    inside: Float[Array, "T M"]
+    inside: Float[Array, "M T"]
     moves: Int32[Array, ""]
     cost: Int32[Array, ""]
     failed: Int32[Array, ""]
@@ -90,38 +87,37 @@ def with_scale(layer: Layer, peak: Float[Array, " T"]) -> Layer:
     return layer._replace(scale=layer.scale * (most / 2 / jnp.maximum(largest, 1e-30)))
 
 
-def _excess(layer: Layer, peak: Float[Array, "*K T"]) -> Int32[Array, "*K T"]:
+def _excess(layer: Layer, peak: Float[Array, "T *K"]) -> Int32[Array, "T *K"]:
     """How far maximum loads are above the level, in whole numbers."""
-    most = int((2**31 / peak.shape[-1]) ** 0.5) - 1
-    level, scale = (x.reshape((1,) * (peak.ndim - 1) + (-1,)) for x in (layer.level, layer.scale))
+    most = int((2**31 / peak.shape[0]) ** 0.5) - 1
+    level, scale = (x.reshape((-1,) + (1,) * (peak.ndim - 1)) for x in (layer.level, layer.scale))
     above = (unfused(peak) - level) * scale
     return jnp.clip(above, 0, most).astype(jnp.int32)
 
 
-def cost_of(layer: Layer, peak: Float[Array, "*K T"]) -> Int32[Array, "*K"]:
+def cost_of(layer: Layer, peak: Float[Array, "T *K"]) -> Int32[Array, "*K"]:
     """The sum of squares of excesses over windows."""
     excess = _excess(layer, peak)
-    return jnp.sum(excess * excess, axis=-1, dtype=jnp.int32)
+    return jnp.sum(excess * excess, axis=0, dtype=jnp.int32)
 
 
 def begin(layer: Layer, phy2log: Int32[Array, " R"], sets: Bool[Array, "M G"]) -> Walk:
     """The state of a walk that begins with this plan."""
     count = experts_on_gpus(phy2log, layer.units.shape[1], sets.shape[1])
-    outside = replicas_outside(count, sets)
-    inside = loads_inside(layer.units, outside)
+    inside = loads_inside(layer.units, replicas_outside(count, sets))
     cost = cost_of(layer, peak_of(inside, sets))
     moves = jnp.sum(count * layer.away, dtype=jnp.int32)
-    return Walk(phy2log, count, outside, inside, moves, cost, jnp.zeros((), jnp.int32))
+    return Walk(phy2log, count, inside, moves, cost, jnp.zeros((), jnp.int32))
 
 
-def _sizes(sets: Bool[Array, "M G"]) -> Float[Array, " M"]:
-    return jnp.sum(sets, axis=1, dtype=jnp.int32).astype(jnp.float32)
+def _over_size(sets: Bool[Array, "M G"]) -> Float[Array, " M"]:
+    return 1 / jnp.sum(sets, axis=1, dtype=jnp.int32).astype(jnp.float32)
 
 
-def peak_of(inside: Float[Array, "*K T M"], sets: Bool[Array, "M G"]) -> Float[Array, "*K T"]:
+def peak_of(inside: Float[Array, "M *n"], sets: Bool[Array, "M G"]) -> Float[Array, "*n"]:
     """The smallest possible maximum GPU load, as far as these sets say."""
-    size = _sizes(sets).reshape((1,) * (inside.ndim - 1) + (-1,))
-    return jnp.max(inside / size, axis=-1)
+    part = _over_size(sets).reshape((-1,) + (1,) * (inside.ndim - 1))
+    return jnp.max(inside * part, axis=0)
 
 
 def step(
@@ -137,27 +133,26 @@ def step(
     capacity = phy2log.size // num_gpus
     slot = jnp.arange(phy2log.size, dtype=jnp.int32)
     gpu = slot // capacity
-    held, outside, inside, size = walk.held, walk.outside, walk.inside, _sizes(sets)
-    ratio = inside / size[None]
-    peak = jnp.max(ratio, axis=1)
-    tightest = first_equal(ratio.T, peak)
+    held, inside, over_size = walk.held, walk.inside, _over_size(sets)
+    ratio = inside * over_size[:, None]
+    peak = jnp.max(ratio, axis=0)
+    tightest = first_equal(ratio, peak)
     tight = take_rows(sets, tightest)  # [T, G]
 
     # The price of an expert in a window: by how much the square would fall without its load.
-    price = _excess(layer, peak).astype(jnp.float32) * layer.scale / take_rows(size, tightest)
-    price = price[:, None] * units
-    bits = 29 - index_bits(len(units))
-    price = (price * (2.0**bits / jnp.maximum(jnp.max(price), 1e-30))).astype(jnp.int32)
-    left = along(outside, tightest[None], 1).T  # [T, E]
+    weight = _excess(layer, peak).astype(jnp.float32) * layer.scale * take_rows(over_size, tightest)
+    price = weight[:, None] * units
+    bits = _LOAD_BITS - index_bits(len(units))  # so that sums are exact
+    price = jnp.floor(price * (2.0**bits / jnp.maximum(jnp.max(price), 1e-30)))
+    left, tight = replicas_outside(held, tight), tight.astype(jnp.float32)
     stuck = jnp.where(left == 0, price, 0)
     # What each slot adds to the price if it moves to another GPU, or holds nothing.
-    own, base = price[:, phy2log], jnp.sum(stuck, axis=0, dtype=jnp.int32)[phy2log]
-    gone = (left[:, phy2log] - (~tight[:, gpu]).astype(jnp.float32)) == 0
-    own = jnp.where(gone, own, 0)
-    moved = jnp.sum(jnp.where(tight[:, None], own[:, :, None], 0), axis=0, dtype=jnp.int32)
-    moved = moved - base[:, None]  # [R, G]
-    dropped = jnp.sum(own, axis=0, dtype=jnp.int32) - base
-    added = -jnp.sum(jnp.where(tight[:, None], 0, stuck[:, :, None]), axis=0, dtype=jnp.int32)
+    base = jnp.sum(stuck, axis=0)[phy2log]
+    gone = left[:, phy2log] == 1 - jnp.repeat(tight, capacity, axis=1)
+    own = jnp.where(gone, price[:, phy2log], 0)
+    moved = _dot(own.T, tight) - base[:, None]  # [R, G]
+    dropped = jnp.sum(own, axis=0) - base
+    added = -_dot(stuck.T, 1 - tight)  # [E, G]
 
     has = held > 0
     stays, absent = has[phy2log], ~has
@@ -167,24 +162,23 @@ def step(
         stays |= ~jnp.asarray(near)[gpu]
         absent &= (has.astype(jnp.int32) @ jnp.asarray(near.astype(np.int32))) > 0
     moved = jnp.where(stays, _NEVER, moved)
-    added = jnp.where(absent, added, _NEVER)  # [E, G]
+    added = jnp.where(absent, added, _NEVER)
     # The best slot of a GPU to swap with, and the best expert to add to it.
     partners = moved.reshape(num_gpus, capacity, num_gpus)
     partner = jnp.min(partners, axis=1)  # [GPU of the partner, GPU that it moves to]
-    swap = jnp.minimum(moved, _NEVER - 1) + jnp.minimum(partner.T[gpu], _NEVER - 1)  # [R, G]
-    swap = jnp.where(stays | (partner.T[gpu] == _NEVER), _NEVER, swap)
+    swap = moved + jnp.repeat(partner.T, capacity, axis=0)  # [R, G]
     best_added = jnp.min(added, axis=0)
-    change = jnp.where(single | (best_added[gpu] == _NEVER), _NEVER, dropped + best_added[gpu])
+    change = jnp.where(single, _NEVER, dropped + jnp.repeat(best_added, capacity))
     best_swap = jnp.min(swap, axis=1)
     gain = jnp.concatenate([best_swap, change])
 
     row = jnp.arange(gain.size, dtype=jnp.uint32)
     # Eighths of the gain, another part in every step, so that a step without success is no end.
     part = row * np.uint32(2654435761) + jnp.asarray(number).astype(jnp.uint32) * np.uint32(40503)
-    noise = ((part >> 13) & 3).astype(jnp.int32)
-    noisy = jnp.where(gain == _NEVER, _NEVER, gain - (gain >> 3) * noise)
+    noise = ((part >> 13) & 3).astype(jnp.float32) / 8
+    noisy = jnp.where(gain < _LIMIT, gain - unfused(gain * noise), _NEVER)
     chosen = lax.top_k(-noisy, min(gain.size, tried))[1]
-    valid, is_swap = gain[chosen] < _NEVER, chosen < slot.size
+    valid, is_swap = gain[chosen] < _LIMIT, chosen < slot.size
     first = chosen % slot.size
     out, here = phy2log[first], gpu[first]
     there = first_equal(swap[first].T, best_swap[first])
@@ -194,16 +188,17 @@ def step(
     into = jnp.where(is_swap, phy2log[second], new_expert)
 
     there, alone = gpu[second], ~is_swap  # nothing comes back
-    away, home = (~sets[:, x].T for x in (here, there))  # [K, M]
-    shift = jnp.where(alone[:, None], 0, home.astype(jnp.float32)) - away.astype(jnp.float32)
-    out_outside, into_outside = outside[out], outside[into]
-    out_gain, into_gain = _now_inside(out_outside, shift), _now_inside(into_outside, -shift)
-    by_out, by_into = units[:, out].T[:, :, None], units[:, into].T[:, :, None]  # [K, T, 1]
-    after = inside[None] + by_out * out_gain[:, None] + by_into * into_gain[:, None]
+    away, home = (~sets[:, x] for x in (here, there))  # [M, K]
+    shift = jnp.where(alone[None], 0, home.astype(jnp.float32)) - away.astype(jnp.float32)
+    out_gain = _now_inside(replicas_outside(held[out], sets), shift)
+    into_gain = _now_inside(replicas_outside(held[into], sets), -shift)
+    by_out, by_into = units[:, out], units[:, into]  # [T, K]
+    after = by_out[None] * out_gain[:, None] + by_into[None] * into_gain[:, None]
+    after = peak_of(after + inside[..., None], sets)
     back = jnp.where(alone, 0, layer.away[out, there] - layer.away[into, there])
     moves = walk.moves + layer.away[into, here] - layer.away[out, here] + back
     valid &= moves <= layer.max_moves
-    cost = jnp.where(valid, cost_of(layer, peak_of(after, sets)), np.iinfo(np.int32).max)
+    cost = jnp.where(valid, cost_of(layer, after), np.iinfo(np.int32).max)
     least = jnp.min(cost)
     k = first_equal(cost, least)
     better = least < walk.cost
@@ -211,7 +206,7 @@ def step(
     back = jnp.where(alone[k], 0, one)
     x, y = out[k], into[k]
     new = phy2log.at[second[k]].set(jnp.where(alone[k], y, x)).at[first[k]].set(y)
-    shift = jnp.where(better, shift[k], 0)
+    more = out_gain[:, k, None] * by_out[None, :, k] + into_gain[:, k, None] * by_into[None, :, k]
     return Walk(
         jnp.where(better, new, phy2log),
         held.at[x, here[k]]
@@ -222,15 +217,18 @@ def step(
         .add(one)
         .at[y, there[k]]
         .add(-back),
-        outside.at[x].add(shift).at[y].add(-shift),
-        jnp.where(better, after[k], inside),
+        jnp.where(better, inside + more, inside),
         jnp.where(better, moves[k], walk.moves),
         jnp.where(better, least, walk.cost),
         jnp.where(better, 0, walk.failed + 1),
     )
 
 
-def _now_inside(outside: Float[Array, "K M"], change: Float[Array, "K M"]) -> Float[Array, "K M"]:
+def _dot(a: Float[Array, "n T"], b: Float[Array, "T m"]) -> Float[Array, "n m"]:
+    return jnp.dot(a, b, precision=lax.Precision.HIGHEST)
+
+
+def _now_inside(outside: Float[Array, "M K"], change: Float[Array, "M K"]) -> Float[Array, "M K"]:
     """1 where a set now holds all replicas, -1 where it no longer does, else 0."""
     after = (outside + change == 0).astype(jnp.float32)
     return after - (outside == 0).astype(jnp.float32)
