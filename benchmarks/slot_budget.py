@@ -10,6 +10,7 @@ layers by the windows that its plans are made from, and has one total for a trac
 rule with thresholds for another total, and its padding for what is left.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -35,7 +36,9 @@ SIZES = (4, 8, 16, 32)
 """Replicas that CRAFT gives a layer, if any."""
 
 
-def craft(curve: np.ndarray, mean: np.ndarray, num_gpus: int, total: int | None) -> np.ndarray:
+def craft(
+    curve: np.ndarray, mean: np.ndarray, num_gpus: int, total: int | None = None
+) -> np.ndarray:
     """Spares of every layer by CRAFT's rule (Accelsnow/CRAFT_core at be4cb7a).
 
     A layer gets the largest size whose benefit per replica is at least the average over layers and
@@ -143,7 +146,8 @@ def measure(name: str, by_token: bool, topology: Topology) -> None:
     rules = []
     for half in halves:
         curve = np.asarray(eplb_jax.slots_curve(half.seen, half.seen, topology, max(SIZES)))
-        rules.append((curve, half.seen.sum(axis=2).mean(axis=0) / num_gpus, num_gpus))
+        mean = half.seen.sum(axis=2).mean(axis=0) / num_gpus
+        rules.append(partial(craft, curve, mean, num_gpus))
 
     def lost(spares: list[np.ndarray]) -> np.ndarray:
         return np.array([x.lost(y, topology) for x, y in zip(halves, spares, strict=True)])
@@ -153,7 +157,7 @@ def measure(name: str, by_token: bool, topology: Topology) -> None:
     print("|---|---|---|---|---|---|")
     sides = (
         lambda x: lost([uniform(x, num_layers)] * len(halves)),
-        lambda x: lost([craft(*y, x) for y in rules]),
+        lambda x: lost([y(x) for y in rules]),
         lambda x: lost([budget(y, by_token, topology, x) for y in halves]),
     )
     table = np.array([[side(x) for side in sides] for x in totals])  # [totals, sides, halves]
@@ -165,7 +169,7 @@ def measure(name: str, by_token: bool, topology: Topology) -> None:
         part = f"{1 - needed / total:.0%}" if total and np.isfinite(needed) else "-"
         times = " | ".join(f"{x:.2f}" for x in row.mean(axis=1))
         print(f"| {per_gpu:g} | {times} | {less.mean():.2f}{error} | {part} |", flush=True)
-    published = [craft(*x, None) for x in rules]
+    published = [x() for x in rules]
     ours = [
         budget(x, by_token, topology, int(y.sum())) for x, y in zip(halves, published, strict=True)
     ]

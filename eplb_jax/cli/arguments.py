@@ -8,6 +8,7 @@ from typer import Argument, Option
 
 from eplb_jax import formats
 from eplb_jax.evaluation import loads
+from eplb_jax.planning.cost import Cost
 from eplb_jax.planning.policy import Policy
 
 FILES = f"a file or folder of a known format, 'example', or one of: {', '.join(loads.EXAMPLES)}"
@@ -36,6 +37,17 @@ Split = Annotated[
     str | None,
     Option(help='"flexible": replicas share the load at hand as it wants; default: equally.'),
 ]
+SecondsPerToken = Annotated[
+    float | None, Option(help="Time of one token of one expert on a GPU, in seconds.")
+]
+SecondsPerActiveExpert = Annotated[
+    float | None, Option(help="Time of a replica with any token in a step, in seconds.")
+]
+Tile = Annotated[int, Option(help="Tokens are rounded up to a multiple of it.")]
+TokensPerStep = Annotated[
+    float | None,
+    Option(help="Tokens of a layer in a step, over all experts; default: a window is a step."),
+]
 To = Annotated[
     str | None,
     Option("--to", help=f"Format of the plan that is written: {WRITTEN}. Default: by its suffix."),
@@ -55,6 +67,27 @@ def numbers_in(name: str, text: str) -> list[int]:
             raise ValueError(f"{name}={text!r} is not a list of numbers such as 0-5,7")
         numbers += range(int(first), int(last or first) + 1)
     return numbers
+
+
+def as_cost(
+    seconds_per_token: float | None,
+    seconds_per_active_expert: float | None,
+    tile: int,
+    tokens_per_step: float | None,
+) -> Cost | None:
+    """What the options of a cost say; None if none is given.
+
+    Raises:
+        ValueError: There is a tile or a number of tokens, but no time.
+    """
+    if seconds_per_token is None and seconds_per_active_expert is None:
+        if tile != 1 or tokens_per_step is not None:
+            raise ValueError(
+                "--tile and --tokens-per-step need --seconds-per-token or "
+                "--seconds-per-active-expert"
+            )
+        return None
+    return Cost(seconds_per_token or 0, seconds_per_active_expert or 0, tile, tokens_per_step)
 
 
 def check_seed(seed: int) -> None:

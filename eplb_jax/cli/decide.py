@@ -8,13 +8,23 @@ from rich.table import Table
 from typer import Option
 
 from eplb_jax.cli import inputs
-from eplb_jax.cli.arguments import Json, Load, LoadFormat, MaybeGpus, Nodes
+from eplb_jax.cli.arguments import (
+    Json,
+    Load,
+    LoadFormat,
+    MaybeGpus,
+    Nodes,
+    SecondsPerActiveExpert,
+    SecondsPerToken,
+    Tile,
+    TokensPerStep,
+    as_cost,
+)
 from eplb_jax.cli.files import STDOUT, check_writable, write_json
 from eplb_jax.cli.moves import New, Old, moved
 from eplb_jax.evaluation.cost_fit import fit_cost
 from eplb_jax.evaluation.decision import decide as decide_on
 from eplb_jax.evaluation.step_time import CostFit
-from eplb_jax.planning.cost import Cost
 from eplb_jax.transition.moves import moves
 
 _SHOWN = 5
@@ -27,12 +37,8 @@ def decide(
     new: New,
     bytes_per_expert: Annotated[int, Option(help="Size of one expert of one layer.")],
     bandwidth: Annotated[float, Option(help="Bytes per second that a GPU sends, and receives.")],
-    seconds_per_token: Annotated[
-        float | None, Option(help="Time of one token of one expert on a GPU, in seconds.")
-    ] = None,
-    seconds_per_active_expert: Annotated[
-        float | None, Option(help="Time of a replica with any token in a step, in seconds.")
-    ] = None,
+    seconds_per_token: SecondsPerToken = None,
+    seconds_per_active_expert: SecondsPerActiveExpert = None,
     seconds: Annotated[
         str | None,
         Option(
@@ -41,11 +47,8 @@ def decide(
             "place of the times of tokens and experts.",
         ),
     ] = None,
-    tile: Annotated[int, Option(help="Tokens are rounded up to a multiple of it.")] = 1,
-    tokens_per_step: Annotated[
-        float | None,
-        Option(help="Tokens of a layer in a step, over all experts; default: a window is a step."),
-    ] = None,
+    tile: Tile = 1,
+    tokens_per_step: TokensPerStep = None,
     serves: Annotated[float, Option(help="Windows that the new plan will stay in place.")] = 1,
     num_gpus: MaybeGpus = None,
     num_nodes: Nodes = 1,
@@ -67,11 +70,10 @@ def decide(
     both = inputs.same_layers(recording, after, new)
     old_map = inputs.same_layers(recording, before, old).phy2log
     units = {"tile": tile, "tokens_per_step": tokens_per_step}
-    cost = None
     if seconds is not None:
         cost = fit_cost(both.load, old_map, topology, inputs.read_seconds(seconds), **units)
-    elif seconds_per_active_expert is not None or units != {"tile": 1, "tokens_per_step": None}:
-        cost = Cost(seconds_per_token or 0, seconds_per_active_expert or 0, **units)
+    else:
+        cost = as_cost(seconds_per_token, seconds_per_active_expert, **units)
     answer = decide_on(
         both.load,
         old_map,
@@ -80,7 +82,6 @@ def decide(
         bytes_per_expert=bytes_per_expert,
         bandwidth=bandwidth,
         serves=serves,
-        seconds_per_token=seconds_per_token if cost is None else None,
         cost=cost,
     )
     console = Console(highlight=False, stderr=json_file == STDOUT)

@@ -23,9 +23,14 @@ from eplb_jax.cli.arguments import (
     Nodes,
     Plot,
     PolicyName,
+    SecondsPerActiveExpert,
+    SecondsPerToken,
     Split,
+    Tile,
     To,
+    TokensPerStep,
     active_gpus,
+    as_cost,
     check_seed,
 )
 from eplb_jax.cli.files import (
@@ -74,6 +79,10 @@ def plan(
         str | None, Option(metavar="GPUS", help="GPUs that are alive, such as 0-5,7; default: all.")
     ] = None,
     split: Split = None,
+    seconds_per_token: SecondsPerToken = None,
+    seconds_per_active_expert: SecondsPerActiveExpert = None,
+    tile: Tile = 1,
+    tokens_per_step: TokensPerStep = None,
     format: LoadFormat = None,
     output: Annotated[
         Path | None, Option("-o", "--output", help="Plan file to write; - for standard output.")
@@ -115,21 +124,23 @@ def plan(
     options: dict[str, Any] = {"policy": policy, "strategy": strategy, "key": jax.random.key(seed)}
     options |= {"previous": old, "active": alive, "max_moves": max_moves}
     shared = cast(Literal["flexible"] | None, split)  # checked by the plan
-    options |= {"move_penalty": move_penalty, "split": shared}
+    cost = as_cost(seconds_per_token, seconds_per_active_expert, tile, tokens_per_step)
+    options |= {"move_penalty": move_penalty, "split": shared, "cost": cost}
     options |= {"tolerance": TOLERANCE if tolerance is None else tolerance}
     console, error = Console(highlight=False, stderr=STDOUT in (output, json_file)), _stderr()
     with error.status("compiling and planning"):
         placement, seconds, compile_seconds = time_plan(
             partial(make_plan, loads, topology, **options)
         )
-    before = balance_of(jnp.asarray(gpu_loads_in_order(loads, topology.num_gpus), jnp.float32))
+    alone = gpu_loads_in_order(loads, topology.num_gpus, cost)
+    before = balance_of(jnp.asarray(alone, jnp.float32))
     columns = {"no balancer": before}
     if old is not None and old.shape == placement.phy2log.shape and alive is None:
-        columns["in place"] = balance(loads, old, topology, split=shared)
-    columns["plan"] = balance(loads, placement, topology, split=shared)
+        columns["in place"] = balance(loads, old, topology, split=shared, cost=cost)
+    columns["plan"] = balance(loads, placement, topology, split=shared, cost=cost)
     whole = alive is None and bool(np.all(topology.slots_of_gpu))
-    above = gap(loads, placement, topology, split=shared) if whole else None
-    console.print(_table(loads.shape, numbers, columns, above))
+    above = gap(loads, placement, topology, split=shared, cost=cost) if whole else None
+    console.print(_table(loads.shape, numbers, columns, above, timed=cost is not None))
     if asked == "auto" and topology.num_nodes > 1:
         divides = "divide" if policy == "hierarchical" else "do not divide"
         nodes, groups = topology.num_nodes, topology.num_groups
@@ -185,6 +196,8 @@ def _table(
     layers: tuple[int, ...],
     columns: dict[str, Balance],
     gaps: jax.Array | None,
+    *,
+    timed: bool,
 ) -> Table:
     windows = f", mean over {shape[0]} windows" if len(shape) == 3 else ""
     title = f"{shape[-2]} layers x {shape[-1]} experts{windows}"
@@ -197,6 +210,9 @@ def _table(
     table.add_row("imbalance (max / mean GPU load - 1)", *(f"{x.mean():.2%}" for x in each))
     worst = (f"{layers[x.argmax()]}, {x.max():.2%}" for x in each)
     table.add_row("worst layer, its imbalance", *worst)
+    if timed:
+        most = [float(jnp.sum(jnp.max(x.gpu_load, axis=-1))) for x in columns.values()]
+        table.add_row("time of the slowest GPUs", *(f"{x / most[0]:.3f}" for x in most))
     if gaps is not None:
         above = _mean_over_windows(gaps)
         bound = f"{above.mean():.2%}, {above.max():.2%}"

@@ -21,7 +21,12 @@ from eplb_jax.cli.arguments import (
     Plot,
     PolicyName,
     Replicas,
+    SecondsPerActiveExpert,
+    SecondsPerToken,
     Split,
+    Tile,
+    TokensPerStep,
+    as_cost,
     numbers_in,
 )
 from eplb_jax.cli.files import STDOUT, check_drawable, check_writable, write_bytes, write_figure
@@ -72,6 +77,10 @@ def simulate(
     move_penalty: Annotated[float | None, Option(help="Imbalance that a move must gain.")] = None,
     shuffle: Annotated[int | None, Option(metavar="SEED", help="Shuffle the windows.")] = None,
     split: Split = None,
+    seconds_per_token: SecondsPerToken = None,
+    seconds_per_active_expert: SecondsPerActiveExpert = None,
+    tile: Tile = 1,
+    tokens_per_step: TokensPerStep = None,
     spares: Annotated[
         str | None,
         Option(metavar="SLOTS", help="Slots of a GPU to try, such as 4-6, on the last quarter."),
@@ -99,16 +108,17 @@ def simulate(
     limits = {"keep": keep, "tolerance": tolerance, "max_moves": max_moves}
     limits["move_penalty"] = move_penalty
     shared = cast(Literal["flexible"] | None, split)  # checked by the first plan
+    cost = as_cost(seconds_per_token, seconds_per_active_expert, tile, tokens_per_step)
+    ways = {"policy": checked, "split": shared, "cost": cost}
     sizes = {
         "recent": as_count("window", window),
         "remembered": as_count("memory", memory, least=0),
     }
     planners = {
-        x: plan_from_history(topology, policy=checked, strategy=x, split=shared, **limits, **sizes)
-        for x in names
+        x: plan_from_history(topology, strategy=x, **ways, **limits, **sizes) for x in names
     }
     planners[LAST_WINDOW] = plan_from_last_window(topology, policy=checked)
-    none = without_balancer(counts, topology, window=window)
+    none = without_balancer(counts, topology, window=window, cost=cost)
     results = {}
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
@@ -122,17 +132,19 @@ def simulate(
                 every=every,
                 all_past=True,
                 split=shared,
+                cost=cost,
                 on_window=advance,
             )
     results[NO_BALANCER] = none
+    reference = None if cost is None else none
     arguments = {k: v for k, v in ctx.params.items() if k not in ("plot", "json_file")}
     arguments["strategy"] = names
     tables = Console(stderr=json_file == STDOUT)
-    tables.print(table(results, arguments, counts.shape))
+    tables.print(table(results, arguments, counts.shape, reference))
     if spares is not None:
         tables.print(_curves(counts, topology, numbers_in("--spares", spares)))
     if json_file is not None:
-        text = as_json(results, arguments, counts.shape, order[window:])
+        text = as_json(results, arguments, counts.shape, order[window:], reference)
         write_bytes(json_file, text.encode())
     if plot is not None:
         from eplb_jax.cli.picture import picture_of_replays

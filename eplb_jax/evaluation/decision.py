@@ -117,6 +117,8 @@ def decide(
         got = ("neither", "one", "both", "all")[len(given)]
         raise ValueError(f"give one of cost, seconds_per_token and measured_seconds, got {got}")
     token = 1.0
+    if isinstance(cost, Cost) and cost.is_proportional:
+        seconds_per_token, cost = cost.per_token, None
     if seconds_per_token is not None:
         token = _positive("seconds_per_token", seconds_per_token, zero=True)
     if measured_seconds is not None:

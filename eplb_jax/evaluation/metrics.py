@@ -164,14 +164,19 @@ def _gpu_loads(
     return jnp.zeros((*leading, topology.num_gpus), jnp.float32).at[..., gpu].add(per_slot)
 
 
-def gpu_loads_in_order(load: Num[np.ndarray, "... E"], num_gpus: int) -> Num[np.ndarray, "... G"]:
-    """GPU loads without a balancer: no replicas, expert e on GPU e * G // E.
+def gpu_loads_in_order(
+    load: Num[np.ndarray, "... E"], num_gpus: int, cost: Cost | None = None
+) -> Num[np.ndarray, "... G"]:
+    """GPU loads, or times, without a balancer: no replicas, expert e on GPU e * G // E.
 
     Example:
         >>> gpu_loads_in_order(np.ones((1, 5)), 2).tolist()
         [[3.0, 2.0]]
     """
     gpu = np.arange(load.shape[-1]) * num_gpus // load.shape[-1]
+    if cost is not None:
+        array = jnp.asarray(load, jnp.float32)
+        load = np.asarray(time_loads(array, jnp.ones(array.shape, jnp.int32), curve_of(cost)))
     return np.stack([load[..., gpu == g].sum(axis=-1) for g in range(num_gpus)], axis=-1)
 
 
@@ -182,6 +187,7 @@ def gap(
     *,
     split: Literal["flexible"] | None = None,
     speed: ArrayLike | Array | None = None,
+    cost: Cost | None = None,
 ) -> Float[Array, "*TL"]:
     """An upper bound on the optimality gap: max GPU load / `plan_bound` - 1.
 
@@ -192,13 +198,13 @@ def gap(
         >>> gap([[100, 200]], [[0, 1]], Topology(2, slots=1)).tolist()
         [0.0]
     """
-    loads = gpu_loads(load, placement, topology, split=split)
+    loads = gpu_loads(load, placement, topology, split=split, cost=cost)
     topology = as_topology(topology, as_experts(placement, "placement").shape[-1])
     paces = as_speed(speed, topology)
     most = jnp.max(
         loads if paces is None else loads / jnp.broadcast_to(paces, loads.shape), axis=-1
     )
-    bound = plan_bound(load, topology, split=split, speed=speed)
+    bound = plan_bound(load, topology, split=split, speed=speed, cost=cost)
     return jnp.where(bound > 0, most / jnp.where(bound > 0, bound, 1), 1) - 1
 
 

@@ -16,6 +16,7 @@ from jaxtyping import Float, Int
 
 from eplb_jax.checks import LOAD_AXES, LoadLike, as_count, as_load
 from eplb_jax.evaluation.metrics import balance_of, gpu_loads, gpu_loads_in_order
+from eplb_jax.planning.cost import Cost
 from eplb_jax.planning.history import (
     RECENT,
     REMEMBERED,
@@ -38,10 +39,13 @@ Planner = Callable[[np.ndarray, Placement | None], Placement]
 class Replay(NamedTuple):
     """How balanced the GPUs were in every window after the first H, and what it cost.
 
+    By a cost, loads of GPUs are times.
+
     Attributes:
         load: Load of every layer, in the unit of the trace.
         gpu_load: Load of every GPU / mean of its layer; ones for a layer without load.
         imbalance: Max / mean GPU load - 1; zero for a layer without load.
+        slowest: Load of the most loaded GPU, in the unit of the trace; its time, by a cost.
         moves: Slots that receive an expert from another GPU, for every plan that replaces one.
         seconds: Time to make every plan, without compilation.
         compile_seconds: Extra time of the first calls, which compile.
@@ -50,6 +54,7 @@ class Replay(NamedTuple):
     load: Float[np.ndarray, "T-H L"]
     gpu_load: Float[np.ndarray, "T-H L G"]
     imbalance: Float[np.ndarray, "T-H L"]
+    slowest: Float[np.ndarray, "T-H L"]
     moves: Int[np.ndarray, "changes L"]
     seconds: Float[np.ndarray, " P"]
     compile_seconds: float
@@ -81,6 +86,7 @@ def replay(
     all_past: bool = False,
     previous: Placement | None = None,
     split: Literal["flexible"] | None = None,
+    cost: Cost | None = None,
     on_window: Callable[[], object] | None = None,
 ) -> Replay:
     """Balance, moves and planning time of a planner that only sees the past of a trace.
@@ -100,6 +106,7 @@ def replay(
         previous: The plan in place at first. None: there is none, and the first
             plan counts no moves.
         split: "flexible": replicas share every window as by `runtime.split_load`. None: equally.
+        cost: What tokens and active experts cost: GPUs are measured by time. None: by tokens.
         on_window: Called after every measured window.
 
     Returns:
@@ -127,7 +134,8 @@ def replay(
         new, took, compiled = time_plan(make, compiles=len(seconds) < 2)
         seconds.append(took)
         compile_seconds += compiled
-        gpu_load.append(gpu_loads(loads[t : t + every], new, topology, split=split))
+        part = loads[t : t + every]
+        gpu_load.append(gpu_loads(part, new, topology, split=split, cost=cost))
         if placed is not None:
             moved.append(np.sum(moves(placed, new, topology).received, axis=1))
         placed = new
@@ -140,7 +148,9 @@ def replay(
     )
 
 
-def without_balancer(trace: LoadLike, topology: Topology, *, window: int = 8) -> Replay:
+def without_balancer(
+    trace: LoadLike, topology: Topology, *, window: int = 8, cost: Cost | None = None
+) -> Replay:
     """The same windows with experts in order and no replicas: no plans, no moves.
 
     Arguments and errors are those of `replay`; only the GPUs of the topology are used.
@@ -152,7 +162,7 @@ def without_balancer(trace: LoadLike, topology: Topology, *, window: int = 8) ->
     """
     check_topology(topology)
     loads, window = _as_trace(trace, window)
-    gpu_load = gpu_loads_in_order(loads[window:], topology.num_gpus)
+    gpu_load = gpu_loads_in_order(loads[window:], topology.num_gpus, cost)
     return _measure(loads[window:], gpu_load, np.zeros((0, loads.shape[1]), np.int64), np.zeros(0))
 
 
@@ -166,13 +176,15 @@ def plan_from_windows(
     max_moves: int | None = None,
     move_penalty: float | None = None,
     split: Literal["flexible"] | None = None,
+    cost: Cost | None = None,
 ) -> Planner:
     """A planner that uses all past windows, by `eplb_jax.plan`, whose arguments these are.
 
     With `keep` the plan in place is passed as `previous`, which `tolerance` and the limits on moves
     are about.
     """
-    options: dict[str, Any] = {"policy": policy, "strategy": strategy, "split": split}
+    options: dict[str, Any] = {"policy": policy, "strategy": strategy}
+    options |= {"split": split, "cost": cost}
     return _planner(topology, keep, tolerance, max_moves, move_penalty, **options)
 
 
@@ -277,4 +289,5 @@ def _measure(
     mean = gpu_load.mean(axis=-1, keepdims=True)
     relative = np.divide(gpu_load, mean, out=np.ones_like(gpu_load), where=mean > 0)
     imbalance = np.asarray(balance_of(jnp.asarray(gpu_load, jnp.float32)).imbalance, np.float64)
-    return Replay(loads.sum(axis=2), relative, imbalance, counts, seconds, compile_seconds)
+    slowest = np.asarray(gpu_load.max(axis=-1), np.float64)
+    return Replay(loads.sum(axis=2), relative, imbalance, slowest, counts, seconds, compile_seconds)

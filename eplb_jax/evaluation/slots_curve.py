@@ -123,7 +123,7 @@ def time_of_spares(
     count = jnp.cumsum(more.astype(jnp.int32), axis=0, dtype=jnp.int32) + 1
     count = jnp.concatenate([jnp.ones((1, *count.shape[1:]), jnp.int32), count])
     judged = judged.transpose(0, 2, 1)
-    tokens, unit = _tokens(load, forecast)
+    tokens, unit = _in_tokens(load, forecast)
 
     def time(tokens: Float[Array, "T E L"], count: Int32[Array, "E L"]) -> Float[Array, "T E L"]:
         """The time of a replica of every expert."""
@@ -147,7 +147,7 @@ def time_of_spares(
     return lax.map(of_number, spares, batch_size=_AT_ONCE).T
 
 
-def _tokens(
+def _in_tokens(
     load: Float[Array, "S L E"], forecast: Forecast
 ) -> tuple[Float[Array, "T E L"], Float[Array, "T 1 L"]]:
     """The expected window and those to balance, in tokens, and what theirs weigh."""

@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Int32
 from numpy.typing import ArrayLike
 
 from eplb_jax.checks import LoadLike, as_amount, as_count, as_limit
+from eplb_jax.planning.cost import Cost
 from eplb_jax.planning.gpus import align, as_speed
 from eplb_jax.planning.history import (
     RECENT,
@@ -60,6 +61,7 @@ class Balancer:
         move_penalty: Imbalance that a move must gain.
         steps_per_window: Number of calls of `observe` that are one window.
         elastic: Whether GPUs come and go. Otherwise all are alive, and plans are made faster.
+        cost: What tokens and active experts cost; None: tokens.
     """
 
     topology: Topology
@@ -70,6 +72,7 @@ class Balancer:
     move_penalty: float | None
     steps_per_window: int
     elastic: bool
+    cost: Cost | None = None
 
     def init(
         self,
@@ -154,6 +157,7 @@ class Balancer:
             tolerance=self.tolerance,
             max_moves=self.max_moves,
             move_penalty=self.move_penalty,
+            cost=self.cost,
             check=False,
         )
         live = None if active is None else jnp.asarray(active).astype(bool)
@@ -164,6 +168,7 @@ class Balancer:
             live,
             as_speed(speed, self.topology),
             topology=self.topology,
+            cost=self.cost,
         )
 
     def commit(
@@ -201,6 +206,7 @@ def balancer(
     move_penalty: float | None = None,
     steps_per_window: int = 1,
     elastic: bool = False,
+    cost: Cost | None = None,
 ) -> Balancer:
     """A balancer for a running service: `init`, `observe`, `propose` and `commit`.
 
@@ -213,10 +219,12 @@ def balancer(
         move_penalty: Imbalance that a move must gain.
         steps_per_window: Number of calls of `observe` that are one window.
         elastic: Whether GPUs come and go.
+        cost: What tokens and active experts cost, as of `eplb_jax.plan`: proposals are in its time.
 
     Raises:
         TypeError: An argument is of the wrong kind.
-        ValueError: The strategy is not known, or a number is negative.
+        ValueError: The strategy is not known, a number is negative, or a cost is given with
+            elastic, max_moves or move_penalty.
 
     Example:
         >>> service = balancer(Topology(3, slots=2))
@@ -239,7 +247,9 @@ def balancer(
     penalty = None if move_penalty is None else as_amount("move_penalty", move_penalty)
     steps = as_count("steps_per_window", steps_per_window)
     chosen = resolve_strategy(strategy)
-    return Balancer(topology, policy, chosen, tolerance, max_moves, penalty, steps, elastic)
+    if cost is not None and (elastic or max_moves is not None or move_penalty is not None):
+        raise ValueError("cost takes no elastic, max_moves or move_penalty; nearest: without these")
+    return Balancer(topology, policy, chosen, tolerance, max_moves, penalty, steps, elastic, cost)
 
 
 def save_balancer(path: str | Path, state: BalancerState) -> None:

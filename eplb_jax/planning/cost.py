@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int32
-from scipy.stats import poisson
+from scipy.special import pdtrc
 
 from eplb_jax.arrays import ordered_sum, take_rows, unfused
 from eplb_jax.checks import as_amount, as_count
@@ -64,6 +64,11 @@ class Cost:
                 raise ValueError(f"tokens_per_step={tokens} must be at least 1; nearest: 1")
             object.__setattr__(self, "tokens_per_step", tokens)
 
+    @property
+    def is_proportional(self) -> bool:
+        """Whether time is proportional to tokens, so that balancing one balances the other."""
+        return self.per_active_expert == 0 and self.tile == 1
+
 
 class Curve(NamedTuple):
     """A cost as arrays, so that another one does not compile again.
@@ -90,7 +95,7 @@ def curve_of(cost: Cost, tokens_per_step: float | Array | None = None) -> Curve:
         point = np.arange(_POINTS_PER_ROOT * max(cost.tile, 4) + 1)
         mean = (point / _POINTS_PER_ROOT) ** 2
         most = int((mean[-1] + 10 * mean[-1] ** 0.5) / cost.tile) + 2
-        tiles = sum(poisson.sf(cost.tile * k, mean) for k in range(most)) * cost.tile
+        tiles = sum(pdtrc(cost.tile * k, mean) for k in range(most)) * cost.tile
         tiles = mean if cost.tile == 1 else tiles
         hit = -np.expm1(-mean)
         expected = jnp.asarray(cost.per_active_expert * hit + cost.per_token * tiles, jnp.float32)

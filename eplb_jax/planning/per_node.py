@@ -60,7 +60,7 @@ def fresh_plan(
 def experts_of_nodes(
     forecast: Forecast, topology: Topology, strategy: Strategy, key: Key[Array, ""]
 ) -> Int32[Array, "rows n"]:
-    """The experts of every node, [L * N, E / N]: whole groups, so that nodes are balanced."""
+    """The experts of every node, [L * N, E / N]: whole groups, packed for balanced nodes."""
     num_layers, num_experts = forecast.load.shape
     num_nodes, num_groups = topology.num_nodes, topology.num_groups
     size = num_experts // num_groups

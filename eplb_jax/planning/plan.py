@@ -16,6 +16,7 @@ from eplb_jax.checks import (
     check_multiple,
     is_concrete,
 )
+from eplb_jax.planning.by_time import plan_by_time
 from eplb_jax.planning.cost import Cost, curve_of
 from eplb_jax.planning.forecast import (
     as_load_or_history,
@@ -30,7 +31,6 @@ from eplb_jax.planning.per_node import fresh_plan
 from eplb_jax.planning.placement import as_placement, place
 from eplb_jax.planning.policy import Policy, is_hierarchical, resolve_policy
 from eplb_jax.planning.strategies import Strategy, resolve_strategy
-from eplb_jax.planning.time_plan import time_plan
 from eplb_jax.transition.relabel import relabel
 from eplb_jax.types import Placement, Replication, Topology, check_topology
 
@@ -110,7 +110,7 @@ def plan(
             that share the load of their expert equally.
         cost: What tokens and active experts cost: GPUs are balanced by time, and a slot holds -1
             where another replica would cost more than it relieves. GPUs must be alive and equal;
-            of the limits only `tolerance` applies. None: tokens.
+            of the limits only `tolerance` applies. None, or a cost of tokens alone: tokens.
         check: Whether to reject loads that are NaN, infinite or negative. Checking a JAX array
             waits for its device; without it such loads count as inside `jax.jit`.
 
@@ -259,7 +259,7 @@ def _plan_replicas(
         raise ValueError("tolerance=None, a new plan, takes no limits; nearest: tolerance=0")
     limits = as_limits(tolerance, max_moves, move_penalty)
     elastic = not topology.is_uniform or any(x is not None for x in gpus)
-    if cost is not None:
+    if cost is not None and not cost.is_proportional:
         if elastic or split is not None or (max_moves, move_penalty) != (None, None):
             raise ValueError(
                 "cost needs equal GPUs that are all alive, and takes no split, max_moves or "
@@ -270,7 +270,7 @@ def _plan_replicas(
             old = align(previous, topology, num_layers, num_experts, previous_gpus)
         curve = curve_of(cost, cost.tokens_per_step or tokens_of_a_window(load))
         keeps = None if tolerance is None else limits.tolerance
-        return time_plan(*seen, as_key(key), old, curve, keeps, **options)
+        return plan_by_time(*seen, as_key(key), old, curve, keeps, **options)
     if previous is not None and not elastic:
         moved = previous_gpus is not None
         elastic = not _holds_all(previous, topology.num_replicas, num_experts, moved)

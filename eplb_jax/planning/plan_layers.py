@@ -61,7 +61,7 @@ def plan_layers(
 
     Example:
         >>> plan_layers([[8, 1, 1], [2, 2, 2]], Topology(2, slots=2), [1, 0]).phy2log.tolist()
-        [[0, 1, 0, 2], [0, 2, 1, -1]]
+        [[0, 1, 0, 2], [2, -1, 0, 1]]
 
     References:
         CRAFT, 2026 (arXiv:2603.28768): layers with different numbers of replicas, and equally many

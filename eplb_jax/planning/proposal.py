@@ -6,7 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int32
 
-from eplb_jax.planning.forecast import forecast_of
+from eplb_jax.planning.by_time import time_of_plan
+from eplb_jax.planning.cost import Cost, curve_of
+from eplb_jax.planning.forecast import forecast_of, tokens_of_a_window
 from eplb_jax.planning.history import History
 from eplb_jax.planning.placement import count_replicas
 from eplb_jax.transition.local_search import plan_cost
@@ -26,7 +28,7 @@ class Proposal(NamedTuple):
         plan: The next plan.
         moves: What leads to it from the plan in place.
         time_in_place: Predicted time of every layer in the next window with the plan in place, in
-            tokens of a GPU of speed 1.
+            tokens of a GPU of speed 1, or in the unit of the cost.
         time: The same with the next plan.
         order: Layers by descending gain per moved expert: the first k are the ones to move first.
         verdict: Why every layer changes or not: a number of `VERDICTS`.
@@ -52,6 +54,7 @@ def assess(
     speed: Float[Array, " G"] | None,
     *,
     topology: Topology,
+    cost: Cost | None = None,
 ) -> Proposal:
     """The proposal of a plan."""
     forecast = forecast_of(history, summed=False)
@@ -60,15 +63,20 @@ def assess(
     if active is not None:
         old = jnp.where(active[jnp.asarray(topology.gpu_of_slot)][None], old, -1)
         speed = jnp.where(active, 1.0 if speed is None else speed, 0)
-    cost = [
-        plan_cost(windows, x, old, topology=topology, speed=speed)[0] for x in (old, new.phy2log)
-    ]
+    plans = old, new.phy2log
+    imbalance = [plan_cost(windows, x, old, topology=topology, speed=speed)[0] for x in plans]
     steps = moves(old, new, topology, active=active)
     capacity = topology.num_gpus if speed is None else jnp.sum(speed)
     recent = history.recent
     seen = jnp.sum(jnp.sum(recent, axis=2) > 0, axis=0).astype(jnp.float32)
     tokens = jnp.sum(recent, axis=(0, 2)) / jnp.maximum(seen, 1)
-    before, after = (tokens / capacity * (1 + x) for x in cost)
+    before, after = (tokens / capacity * (1 + x) for x in imbalance)
+    if cost is not None:
+        curve = curve_of(cost, cost.tokens_per_step or tokens_of_a_window(history))
+        steps_of_window = tokens / curve.tokens_per_step
+        before, after = (
+            steps_of_window * time_of_plan(windows, x, curve, topology.num_gpus) for x in plans
+        )
     lost = jnp.any(count_replicas(old, in_place.logcnt.shape[1]) == 0, axis=1)
     before = jnp.where(lost, jnp.inf, before)
     moved = jnp.sum(steps.received, axis=1).astype(jnp.float32)

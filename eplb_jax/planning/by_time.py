@@ -30,7 +30,7 @@ from eplb_jax.types import Replication, Topology
 _FRACTIONS = (0.0, 0.0625, 0.125, 0.25, 0.5, 1.0)
 """Fractions of the spare slots that are tried."""
 
-_EXTRA_WORK = 0.5
+_EXTRA_WORK = 1.0
 """Weight of time that spares add to all GPUs, beside that of the GPU that takes most: the latter is
 flattered by the choice, the former is certain."""
 
@@ -40,7 +40,7 @@ _SPARES = 0.02
 
 @by_layers
 @partial(jax.jit, static_argnames=("topology", "hierarchical", "strategy"))
-def time_plan(
+def plan_by_time(
     load: Float[Array, "*T L E"] | History,
     weights: Float[Array, " T"] | None,
     key: Key[Array, ""] | None,
@@ -60,8 +60,7 @@ def time_plan(
     forecast = forecast_of(load, weights, summed=False)
     windows = forecast.load[:, None] if forecast.windows is None else forecast.windows
     num_experts = windows.shape[2]
-    size = ordered_sum(windows, -1)[..., None]
-    tokens = windows / jnp.where(size > 0, size, 1) * curve.tokens_per_step
+    size, tokens = _tokens(windows, curve)
     group_key, gpu_key = jax.random.split(fixed_if_none(key))
     num_nodes = topology.num_nodes if hierarchical else 1
     counts = topology.num_replicas // num_nodes, topology.num_gpus // num_nodes
@@ -186,6 +185,23 @@ def _max_time(
     of_slot = along(times, phy2log[:, None], 2)
     of_gpu = ordered_sum(of_slot.reshape(*of_slot.shape[:2], num_gpus, -1), -1)
     return ordered_sum(jnp.max(of_gpu, axis=2), 1)
+
+
+def time_of_plan(
+    windows: Float[Array, "L T E"], phy2log: Int32[Array, "L R"], curve: Curve, num_gpus: int
+) -> Float[Array, " L"]:
+    """The time of the GPU that takes most in a step, mean over windows by their size."""
+    size, tokens = _tokens(windows, curve)
+    total = ordered_sum(size[..., 0], 1)
+    return _most(curve, tokens, size, phy2log, num_gpus) / jnp.where(total > 0, total, 1)
+
+
+def _tokens(
+    windows: Float[Array, "L T E"], curve: Curve
+) -> tuple[Float[Array, "L T 1"], Float[Array, "L T E"]]:
+    """The size of windows, in their unit, and the tokens of experts in a step."""
+    size = ordered_sum(windows, -1)[..., None]
+    return size, windows / jnp.where(size > 0, size, 1) * curve.tokens_per_step
 
 
 def _most(
