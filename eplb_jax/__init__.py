@@ -14,7 +14,8 @@ The public names are those imported here, and those of `runtime`, `loads`, `metr
   `packing_bound` and `split_bound` are proven lower bounds. `monitoring` has numbers of a running
   service, for Prometheus, too.
 - `moves` says what leads from one plan to another, `decide` whether it is worth it, `spares_curve`
-  what more slots are worth. `Cost` is what a replica costs, `fit_cost` fits it to measured times.
+  what more slots are worth, `advise` what to choose for a trace. `Cost` is what a
+  replica costs, `fit_cost` fits it to measured times.
 - `runtime` is for use inside a running model.
 - `loads` has measured loads, `traces` synthetic ones; `replay` plans through a trace.
 - `formats` reads what engines recorded, and reads and writes their maps.
@@ -34,6 +35,8 @@ from eplb_jax.evaluation import loads as loads
 from eplb_jax.evaluation import metrics as metrics
 from eplb_jax.evaluation import monitoring as monitoring
 from eplb_jax.evaluation import traces as traces
+from eplb_jax.evaluation.advice import Advice as Advice
+from eplb_jax.evaluation.advice import advise as advise
 from eplb_jax.evaluation.cost_fit import fit_cost as fit_cost
 from eplb_jax.evaluation.decision import Decision as Decision
 from eplb_jax.evaluation.decision import decide as decide
