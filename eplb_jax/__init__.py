@@ -14,6 +14,8 @@ The public names are those imported here, and those of `runtime`, `loads`, `metr
   `packing_bound` and `split_bound` are proven lower bounds. `monitoring` has numbers of a running
   service, for Prometheus, too.
 - `moves` says what leads from one plan to another, `decide` whether it is worth it, `spares_curve`
+  what more slots are worth, `advise` what to choose for a trace. `Cost` is what a
+  replica costs, `fit_cost` fits it to measured times.
   what more slots are worth; `spread_slots` divides them over layers by `slots_curve`, and
   `choose_slots` finds one number for all layers. `Cost` is what a replica costs, `fit_cost` fits it
   to measured times.
@@ -36,6 +38,8 @@ from eplb_jax.evaluation import loads as loads
 from eplb_jax.evaluation import metrics as metrics
 from eplb_jax.evaluation import monitoring as monitoring
 from eplb_jax.evaluation import traces as traces
+from eplb_jax.evaluation.advice import Advice as Advice
+from eplb_jax.evaluation.advice import advise as advise
 from eplb_jax.evaluation.choose_slots import SlotChoice as SlotChoice
 from eplb_jax.evaluation.choose_slots import SlotOption as SlotOption
 from eplb_jax.evaluation.choose_slots import choose_slots as choose_slots

@@ -15,6 +15,7 @@ try:
 except ModuleNotFoundError as error:
     sys.exit(f"eplb-jax: {error.name} is missing; install it with: pip install 'eplb-jax[cli]'")
 
+from eplb_jax.cli.advise import advise
 from eplb_jax.cli.balance import balance
 from eplb_jax.cli.convert import convert
 from eplb_jax.cli.decide import decide
@@ -58,5 +59,5 @@ def _options(
         jax.config.update("jax_compilation_cache_dir", str(cache / "eplb-jax" / platform.node()))
 
 
-for _command in (plan, moves, decide, balance, convert, simulate, report, generate):
+for _command in (plan, moves, decide, advise, balance, convert, simulate, report, generate):
     main.command()(_command)
