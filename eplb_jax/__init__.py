@@ -14,11 +14,9 @@ The public names are those imported here, and those of `runtime`, `loads`, `metr
   `packing_bound` and `split_bound` are proven lower bounds. `monitoring` has numbers of a running
   service, for Prometheus, too.
 - `moves` says what leads from one plan to another, `decide` whether it is worth it, `spares_curve`
-  what more slots are worth, `advise` what to choose for a trace. `Cost` is what a
-  replica costs, `fit_cost` fits it to measured times.
-  what more slots are worth; `spread_slots` divides them over layers by `slots_curve`, and
-  `choose_slots` finds one number for all layers. `Cost` is what a replica costs, `fit_cost` fits it
-  to measured times.
+  what more slots are worth, `advise` what to choose for a trace. `spread_slots` divides slots over
+  layers by `slots_curve`, `choose_slots` finds one number for all layers. `Cost` is what a replica
+  costs, `fit_cost` fits it to measured times.
 - `runtime` is for use inside a running model.
 - `loads` has measured loads, `traces` synthetic ones; `replay` plans through a trace.
 - `formats` reads what engines recorded, and reads and writes their maps.
