@@ -14,6 +14,7 @@ from time import perf_counter
 import jax
 import jax.numpy as jnp
 import numpy as np
+from scipy.optimize import brentq
 
 import eplb_jax
 from eplb_jax import Placement, Topology, metrics, runtime
@@ -94,12 +95,12 @@ def of_known_load(skew: float) -> str:
     """A row of the third table; skew is max / mean GPU load with experts in order."""
     rng, num_gpus, topology = np.random.default_rng(0), 64, Topology(64, slots=5)
     popular = rng.normal(size=(8, 256))
-    low, high = 0.0, 4.0
-    for _ in range(40):
-        load = np.exp((low + high) / 2 * popular)
-        gpu_load = load.reshape(8, num_gpus, -1).sum(axis=-1)
-        above = np.mean(gpu_load.max(axis=1) / gpu_load.mean(axis=1)) > skew
-        low, high = (low, (low + high) / 2) if above else ((low + high) / 2, high)
+
+    def above(sigma: float) -> float:
+        gpu_load = np.exp(sigma * popular).reshape(8, num_gpus, -1).sum(axis=-1)
+        return float(np.mean(gpu_load.max(axis=1) / gpu_load.mean(axis=1))) - skew
+
+    load = np.exp(brentq(above, 0, 4) * popular)
     load = np.round(load / load.sum(axis=1, keepdims=True) * 4096 * 8 * num_gpus)
     even, made = (eplb_jax.plan(load, topology, split=x) for x in (None, "flexible"))
     values = [
