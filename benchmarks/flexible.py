@@ -14,7 +14,7 @@ from time import perf_counter
 import jax
 import jax.numpy as jnp
 import numpy as np
-from scipy.optimize import brentq
+from scipy.optimize import root_scalar
 
 import eplb_jax
 from eplb_jax import Placement, Topology, metrics, runtime
@@ -100,7 +100,7 @@ def of_known_load(skew: float) -> str:
         gpu_load = np.exp(sigma * popular).reshape(8, num_gpus, -1).sum(axis=-1)
         return float(np.mean(gpu_load.max(axis=1) / gpu_load.mean(axis=1))) - skew
 
-    load = np.exp(brentq(above, 0, 4) * popular)
+    load = np.exp(root_scalar(above, bracket=(0, 4)).root * popular)
     load = np.round(load / load.sum(axis=1, keepdims=True) * 4096 * 8 * num_gpus)
     even, made = (eplb_jax.plan(load, topology, split=x) for x in (None, "flexible"))
     values = [
