@@ -42,6 +42,23 @@ def test_windows_and_the_plan_in_place():
             np.testing.assert_array_equal(plan(windows, old).log2phy, old.log2phy)
 
 
+@pytest.mark.parametrize(
+    "way", [{"cost": eplb_jax.Cost(1, 5, tokens_per_step=64)}, {"split": "flexible"}]
+)
+def test_plans_for_a_cost_and_for_a_split(way):
+    load, options = lognormal(3, 16), {"strategy": "greedy"} | way
+    old = eplb_jax.placement_of(np.resize(np.arange(16), (3, 20)))
+    plan = eplb_jax.precompile(load.shape, TOPOLOGY, with_previous=True, **options)
+    direct = eplb_jax.plan(load, TOPOLOGY, previous=old, **options)
+    chex.assert_trees_all_equal(plan(load, old), direct)
+    if "split" in way:
+        assert eplb_jax.moves(old, plan(load, old, max_moves=1), TOPOLOGY).received.sum() <= 3
+    with pytest.raises(ValueError, match="is no limit of these plans"):
+        plan(load, old, move_penalty=0.1)
+    with pytest.raises(ValueError, match="takes no"):
+        eplb_jax.precompile(load.shape, TOPOLOGY, with_previous=True, move_penalty=0.1, **options)
+
+
 def test_calls_compile_nothing(caplog):
     plan = eplb_jax.precompile((3, 16), TOPOLOGY, strategy="greedy")
     plan(lognormal(3, 16))

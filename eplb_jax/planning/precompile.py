@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Array, Key
 
 from eplb_jax.checks import LoadLike, as_count, as_load
+from eplb_jax.planning.cost import Cost
 from eplb_jax.planning.history import History
 from eplb_jax.planning.next_plan import TOLERANCE, Limits, as_limits
 from eplb_jax.planning.placement import as_placement
@@ -29,6 +30,7 @@ class CompiledPlan:
         topology: What plans are made for.
         with_previous: Whether a call takes the plan in place.
         limits: Of a call that names none: tolerance, max_moves and move_penalty.
+        takes: Which of these a call may name.
         executable: What was compiled; it has `cost_analysis` and `memory_analysis`.
         sharding: Of the loads; None: JAX's default device.
     """
@@ -37,6 +39,7 @@ class CompiledPlan:
     topology: Topology
     with_previous: bool
     limits: Limits
+    takes: tuple[str, ...]
     executable: jax.stages.Compiled = field(repr=False)
     sharding: jax.sharding.Sharding | None = field(repr=False)
 
@@ -56,16 +59,20 @@ class CompiledPlan:
             load: Loads of `shape`, of any real dtype; anything `jnp.asarray` takes. Or a history.
             previous: The plan in place or its phy2log [L, R], if `with_previous`.
             tolerance: Another one than was compiled with, which compiles nothing. None: that.
-            max_moves: Likewise.
-            move_penalty: Likewise.
+            max_moves: Likewise, but not with a cost.
+            move_penalty: Likewise, but neither with a cost nor with a flexible split.
             check: Whether to reject loads that are NaN, infinite or negative; checking a JAX
                 array waits for its device.
 
         Raises:
             TypeError: `previous` is missing or not expected, or an argument is of the wrong kind.
-            ValueError: The shape is another, a load is NaN, infinite or negative, or `previous` is
-                of another shape or lacks an expert.
+            ValueError: The shape is another, a load is NaN, infinite or negative, `previous` is of
+                another shape or lacks an expert, or a limit is not one that plans take.
         """
+        named = {"max_moves": max_moves, "move_penalty": move_penalty}
+        for name, value in named.items():
+            if value is not None and name not in self.takes:
+                raise ValueError(f"{name}={value} is no limit of these plans; nearest: {name}=None")
         if isinstance(load, History):
             array, shape, axes = load, jax.tree.map(jnp.shape, load), load.current.shape
         else:
@@ -103,6 +110,8 @@ def precompile(
     tolerance: float = TOLERANCE,
     max_moves: int | None = None,
     move_penalty: float | None = None,
+    split: Literal["flexible"] | None = None,
+    cost: Cost | None = None,
     sharding: jax.sharding.Sharding | None = None,
 ) -> CompiledPlan:
     """Compile `plan` for loads of one shape, before there are any.
@@ -121,6 +130,8 @@ def precompile(
         tolerance: How much worse than a new plan the next one may be.
         max_moves: Per layer, the maximum number of moves.
         move_penalty: Imbalance that a move must gain.
+        split: As of `plan`.
+        cost: As of `plan`.
         sharding: Of the loads, for instance layers over a mesh; None: JAX's default device.
 
     Returns:
@@ -150,15 +161,22 @@ def precompile(
             raise ValueError(f"shape must be (L, E) or (T, L, E), got {axes}")
     check_topology(topology)
     options: dict[str, Any] = {"policy": policy, "strategy": strategy, "key": key}
-    if not with_previous:
-        options |= {"max_moves": max_moves, "move_penalty": move_penalty}
+    options |= {"split": split, "cost": cost}
+    takes = Limits._fields
+    if split is not None:
+        takes = ("tolerance", "max_moves")
+    if cost is not None and not cost.is_proportional:
+        takes = ("tolerance",)
+    given = {"max_moves": max_moves, "move_penalty": move_penalty}
+    if not with_previous or any(x is not None and n not in takes for n, x in given.items()):
+        options |= given  # for the errors of the plan
     limits = as_limits(tolerance, max_moves, move_penalty)
 
     def make(
         load: Array | History, old: Placement | None = None, limits: Limits | None = None
     ) -> Placement:
-        given = {} if limits is None else limits._asdict()
-        return plan(load, topology, previous=old, **given, **options)
+        given = {} if limits is None else {x: getattr(limits, x) for x in takes}
+        return plan(load, topology, previous=old, **given | options)
 
     arguments: list[Any] = [load]
     if with_previous:
@@ -170,7 +188,7 @@ def precompile(
         as_placement(slots, "previous", num_experts)
         arguments.append(limits)
     executable = jax.jit(make).lower(*arguments).compile()
-    return CompiledPlan(compiled_for, topology, with_previous, limits, executable, sharding)
+    return CompiledPlan(compiled_for, topology, with_previous, limits, takes, executable, sharding)
 
 
 def _by_layer(sharding: jax.sharding.Sharding | None) -> jax.sharding.Sharding | None:
