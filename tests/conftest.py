@@ -11,11 +11,11 @@ os.environ["XLA_FLAGS"] = (
     + " --xla_backend_optimization_level=0"
     + " --xla_cpu_use_fusion_emitters=false"
 )
-# A second local run reads what the first one compiled.
+# A worker reads what another one compiled, and a second local run what the first one did.
 os.environ.setdefault(
     "JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parent.parent / ".pytest_cache/jax")
 )
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 import jax
 import pytest
@@ -30,6 +30,12 @@ install_import_hook("eplb_jax", "tests.typecheck.check")
 FLAGS = os.environ["XLA_FLAGS"]
 
 collect_ignore_glob = ["peer_*.py"]  # programs that import engines; test_peers.py runs them
+
+
+def pytest_configure(config):
+    # Another worker may be writing an entry that is read; it is compiled here, too, then.
+    broken = "ignore:Error reading persistent compilation cache entry"
+    config.addinivalue_line("filterwarnings", broken)
 
 
 def pytest_collection_finish():
@@ -48,5 +54,5 @@ def memory_maps():
     """
     yield
     maps = Path("/proc/self/maps")
-    if maps.exists() and len(maps.read_text().splitlines()) > 30_000:
+    if maps.exists() and len(maps.read_text().splitlines()) > 45_000:
         jax.clear_caches()
