@@ -1,5 +1,7 @@
 """GPUs that come, go and differ."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -44,7 +46,7 @@ def test_random_events_lose_no_expert_and_compile_nothing():
         )
     )
     old, live, sizes, stays = plan(LOAD, TOPOLOGY, **OPTIONS), np.ones(8, bool), set(), []
-    for _ in range(300):
+    for _ in range(200):
         gpu = rng.permutation(8)[: rng.integers(1, 3)]
         live = live.copy()
         live[gpu] = ~live[gpu]
@@ -71,9 +73,9 @@ def test_random_events_lose_no_expert_and_compile_nothing():
 
 def test_the_plan_in_place_stays_where_a_gpu_leaves_and_comes_back():
     topology, load = Topology(8, slots=40), lognormal(2, 256)
-    old = plan(load, topology)
+    old = plan(load, topology, strategy=QUICK)
     live = np.arange(8) != 3
-    without = plan(load, topology, previous=old, active=live)
+    without = plan(load, topology, previous=old, active=live, strategy=QUICK)
     transfer = moves(old, without, topology, active=live)
     arrived = np.asarray(transfer.received).sum(axis=1)
     lost = [
@@ -83,7 +85,7 @@ def test_the_plan_in_place_stays_where_a_gpu_leaves_and_comes_back():
     assert np.all(arrived <= 0.2 * 280)
     assert np.all(np.asarray(transfer.copies)[:, 4] >= lost)
     assert float(metrics.balance(load, without, topology).mean_imbalance) < 0.005
-    back = plan(load, topology, previous=without, active=np.ones(8, bool))
+    back = plan(load, topology, previous=without, active=np.ones(8, bool), strategy=QUICK)
     assert (
         np.asarray(moves(without, back, topology).received)[:, np.arange(8) != 3].sum() < 0.15 * 560
     )
@@ -101,7 +103,8 @@ def test_another_number_of_gpus():
     named = plan(LOAD, Topology(6, slots=6), previous=old, previous_gpus=survivors, **OPTIONS)
     left = by_gpu(old)[:, list(survivors)].reshape(3, 36)
     assert_same(named, plan(LOAD, Topology(6, slots=6), previous=left, **OPTIONS))
-    swapped = plan(LOAD, TOPOLOGY, previous=old, previous_gpus=(1, 0, *range(2, 8)), **OPTIONS)
+    names = {"previous_gpus": (1, 0, *range(2, 8)), "active": np.ones(8, bool)}
+    swapped = plan(LOAD, TOPOLOGY, previous=old, **names, **OPTIONS)
     assert np.mean(by_gpu(swapped)[:, :2] == by_gpu(old)[:, [1, 0]]) > 0.8
 
 
@@ -125,19 +128,14 @@ def test_speeds_and_slots_of_their_own(seed):
     rng = np.random.default_rng(seed)
     load = lognormal(6, 64, sigma=0.7, seed=seed)
     speed = rng.uniform(0.7, 1.3, 12).astype(np.float32)
-    slots = rng.permutation([6, 7, 8, 9, 10, 8, 8, 8, 7, 9, 10, 6]).tolist()
+    slots = [9, 7, 8, 0, 10, 8, 8, 8, 7, 9, 10, 12]
     for topology, pace in ((Topology(12, slots=8), speed), (Topology(12, slots=slots), None)):
         result = plan(load, topology, speed=pace)
         check_placement(result)
+        assert np.all(np.asarray(result.phy2log) >= 0)
         gap = np.asarray(metrics.gap(load, result, topology, speed=pace))
         assert np.all(gap >= -1e-5)
         assert np.median(gap) < 3e-4
-    none = Topology(5, slots=[0, 9, 9, 9, 9])
-    assert np.all(np.asarray(plan(lognormal(2, 30), none).phy2log) >= 0)
-    assert (
-        float(metrics.balance(lognormal(2, 30), plan(lognormal(2, 30), none), none).mean_imbalance)
-        < 0.01
-    )
 
 
 def test_completion_changes_only_what_is_missing():
@@ -145,12 +143,11 @@ def test_completion_changes_only_what_is_missing():
     live = jnp.ones(4, bool)
     topology = Topology(4, slots=2)
     load = jnp.array([[5.0, 1, 9, 1, 1]])
-    new = np.asarray(complete_plan(load, jnp.asarray(old), live, topology=topology))[0]
+    complete = jax.jit(partial(complete_plan, topology=topology))
+    new = np.asarray(complete(load, jnp.asarray(old), live))[0]
     np.testing.assert_array_equal(new[old[0] >= 0], old[0][old[0] >= 0])
     assert sorted(new[old[0] < 0].tolist()) == [2, 2]
-    dead = np.asarray(
-        complete_plan(load, jnp.asarray(old), live.at[1].set(False), topology=topology)
-    )
+    dead = np.asarray(complete(load, jnp.asarray(old), live.at[1].set(False)))
     assert dead[0, 2:4].tolist() == [-1, -1]
     assert set(dead[0].tolist()) == {-1, 0, 1, 2, 3, 4}
 
@@ -213,6 +210,6 @@ def test_a_limit_holds_layer_by_layer_whatever_other_layers_lack():
     load = LOAD * np.random.default_rng(0).lognormal(0, 0.3, LOAD.shape).astype(np.float32)
     every = plan(load, TOPOLOGY, previous=old, **limits)
     assert np.asarray(moves(old, every, TOPOLOGY).received).sum(axis=1)[[0, 2]].max() <= 2
-    for layer in (0, 2):
-        alone = plan(load[layer : layer + 1], TOPOLOGY, previous=old[layer : layer + 1], **limits)
-        np.testing.assert_array_equal(alone.phy2log[0], every.phy2log[layer])
+    complete = np.stack([old[0], np.resize(np.arange(32), 48), old[2]])
+    beside = plan(load, TOPOLOGY, previous=complete, **limits)
+    np.testing.assert_array_equal(beside.phy2log[::2], every.phy2log[::2])

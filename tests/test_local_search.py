@@ -1,5 +1,7 @@
 """From one plan to a better one within few moves."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -141,18 +143,20 @@ def test_cost_and_moves_are_those_of_the_plan_found(hierarchical, speed):
             for n in (0, 1):
                 here = [set(expert[layer, node[gpu] == n]) - set(old[layer, node[gpu] == n])]
                 assert here == [set()]
-    begin, none = plan_cost(jnp.asarray(windows), start, start, **options)
+    begin, none = jax.jit(partial(plan_cost, **options))(jnp.asarray(windows), start, start)
     assert np.all(cost < np.asarray(begin))
     assert not np.asarray(none).any()
     # The plan of a layer does not depend on the layers beside it.
-    alone = search(jnp.asarray(windows[2:3]), start[2:3])
-    np.testing.assert_array_equal(alone[0][0], expert[2])
+    others = jnp.asarray(windows[::-1] ** 2).at[2].set(windows[2])
+    beside = search(others, start[::-1].at[2].set(start[2]))
+    np.testing.assert_array_equal(beside[0][2], expert[2])
+    assert np.any(np.asarray(beside[0][0]) != expert[4])
 
 
 def test_duplicates_of_the_plan_in_place_are_removed():
-    old = np.tile(np.repeat(np.arange(8), 3)[None], (2, 1))  # three times on one GPU
-    load = lognormal(2, 8)
-    result = eplb_jax.plan(load, Topology(8, slots=3), previous=old)
+    on_gpu = np.arange(EXPERTS).reshape(8, 4)[:, [0, 0, 1, 1, 2, 3]]  # two of them twice
+    old = np.tile(on_gpu.reshape(1, -1), (LAYERS, 1))
+    result = plan(previous=old)
     assert duplicates(old, 8).min() == 16
     assert duplicates(result.phy2log, 8).max() == 0
 

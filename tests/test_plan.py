@@ -135,7 +135,7 @@ def test_no_gpu_holds_an_expert_twice_whatever_the_shape(data):
 
 
 def test_gpus_that_hold_more_slots_than_there_are_experts():
-    result = plan(lognormal(4, 6), Topology(4, slots=8))
+    result = plan(lognormal(4, 6), Topology(4, slots=8), strategy=QUICK)
     check_placement(result)
     forced = np.maximum(np.asarray(result.logcnt) - 4, 0).sum(axis=1)
     np.testing.assert_array_equal(duplicates(result.phy2log, 4), forced)
@@ -150,8 +150,8 @@ def test_gpus_that_hold_more_slots_than_there_are_experts():
     ],
 )
 def test_auto_is_near_the_proven_optimum(slots, gpus, median, worst):
-    load, topology = measured_load(), Topology(gpus, slots=slots)
-    result = plan(load, topology)
+    load, topology = measured_load(), Topology(gpus, slots=slots, num_nodes=4, num_groups=8)
+    result = plan(load, topology, policy="global")
     gaps = np.asarray(gap(load, result, topology))
     assert np.median(gaps) < median
     assert np.quantile(gaps, 0.95) < worst
@@ -201,12 +201,13 @@ def test_without_load_spares_are_spread(groups, nodes):
     spares = np.asarray(result.log2phy)[0, :, 1:]
     np.testing.assert_array_equal(np.bincount(spares[spares >= 0] // 6, minlength=8), 2)
     np.testing.assert_array_equal(duplicates(result.phy2log, 8), 0)
-    assert_same([x[1:] for x in result], plan(weight[1:], topology, strategy=QUICK))
+    alone = plan(weight[[1, 1]], topology, strategy=QUICK)
+    assert_same([x[1] for x in result], [x[1] for x in alone])
 
 
 def test_groups_stay_on_one_node_under_the_hierarchical_policy():
     topology = Topology(8, slots=6, num_nodes=4, num_groups=8)
-    result = plan(lognormal(5, 32), topology, policy="hierarchical")
+    result = plan(lognormal(5, 32), topology, policy="hierarchical", strategy=QUICK)
     for layer in np.asarray(result.phy2log):
         nodes = [{int(e) // 4 for e in node} for node in layer.reshape(4, -1)]
         assert all(len(groups) == 2 for groups in nodes)
@@ -229,9 +230,9 @@ def test_policies():
 
 
 def test_sizes_of_the_maps():
-    result = plan(lognormal(3, 8), Topology(4, slots=3))
+    result = plan(lognormal(3, 8), Topology(4, slots=3), strategy="greedy")
     assert result.log2phy.shape == (3, 8, 5)
-    one_hot = plan(np.eye(8)[:1], Topology(12, slots=1))
+    one_hot = plan(np.eye(8)[:1], Topology(12, slots=1), strategy=QUICK)
     assert one_hot.logcnt.tolist() == [[5] + [1] * 7]
     assert -1 not in one_hot.log2phy[0, 0].tolist()
 
@@ -255,15 +256,16 @@ def test_checks_of_loads_can_be_left_out(monkeypatch):
 
 @pytest.mark.parametrize("penalty", [0, np.float32(0), jnp.float32(0), 0.01])
 def test_a_penalty_of_any_kind_of_number_limits_moves(penalty):
-    old = plan(lognormal(2, 16), Topology(4, slots=5), strategy="greedy")
-    load, options = lognormal(2, 16, seed=1), {"strategy": "greedy", "previous": old}
+    old = plan(lognormal(3, 32), NODES, strategy="greedy")
+    load, options = lognormal(3, 32, seed=1), {"strategy": "greedy", "previous": old}
     with pytest.raises(ValueError, match="move_penalty needs previous"):
-        plan(load, Topology(4, slots=5), strategy="greedy", move_penalty=penalty)
-    result = plan(load, Topology(4, slots=5), move_penalty=penalty, **options)
-    limit = plan(load, Topology(4, slots=5), move_penalty=float(penalty), max_moves=20, **options)
+        plan(load, NODES, strategy="greedy", move_penalty=penalty)
+    result = plan(load, NODES, move_penalty=penalty, **options)
+    limit = plan(load, NODES, move_penalty=float(penalty), max_moves=48, **options)
     assert_same(result, limit)
-    moved = np.sum(np.asarray(result.phy2log) != np.asarray(old.phy2log))
-    assert moved > 0 if penalty == 0 else moved <= 20
+    free = plan(load, NODES, **options)
+    moved, most = (np.sum(np.asarray(x.phy2log != old.phy2log)) for x in (result, free))
+    assert moved == most if penalty == 0 else 0 < moved < most
 
 
 def test_a_plan_in_place_must_be_one():

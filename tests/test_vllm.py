@@ -12,7 +12,6 @@ from eplb_torch import sglang, vllm
 import eplb_jax
 from tests import torch_oracle
 from tests.engines import COUNTS, LOAD, modules
-from tests.helpers import QUICK
 
 
 class NewContract:
@@ -69,23 +68,26 @@ def test_vllm_calls_by_position_from_a_thread(policies, monkeypatch):
     assert plan.shape == (3, 48)
     assert plan.dtype == torch.int64
     assert plan.device.type == "cpu"
-    assert torch.equal(plan, eplb_torch.rebalance_experts(LOAD, *COUNTS, previous=old)[0])
+    seen = eplb_jax.update_history(eplb_jax.init_history(3, 32), LOAD.numpy())
+    assert torch.equal(plan, eplb_torch.rebalance_experts(seen, *COUNTS, previous=old)[0])
     alone = eplb_torch.rebalance_experts(LOAD, *COUNTS)[0]
     assert (plan == old).sum() > (alone == old).sum()
     assert torch.equal(plan, vllm.EplbPolicy.rebalance_experts(LOAD, *COUNTS, old))
 
 
-def test_vllm_scales_up_and_down():
+def test_vllm_scales_up_and_down(policies):
     """New columns are -1 when ranks join, and the old map is wider when they leave."""
+    vllm.install()
+    plan = policies["default"].rebalance_experts
     old = torch.from_numpy(np.array(eplb_jax.rebalance_experts(LOAD.numpy(), *COUNTS).phy2log))
     grown = torch.cat([old, torch.full((3, 12), -1)], dim=1)
-    up = vllm.EplbPolicy.rebalance_experts(LOAD, 60, 4, 1, 10, grown)
-    down = vllm.EplbPolicy.rebalance_experts(LOAD, 36, 4, 1, 6, old.long())
+    up = plan(LOAD, 60, 4, 1, 10, grown)
+    down = plan(LOAD, 36, 4, 1, 6, old.long())
     for new, width in ((up, 48), (down, 36)):
         eplb_jax.check_placement(eplb_jax.placement_of(new.numpy(), 32))
         assert (new[:, :width] == old[:, :width]).float().mean() > 0.4
     lost = torch.where(old == 5, -1, old)  # as after a fault
-    new = vllm.EplbPolicy.rebalance_experts(LOAD, *COUNTS, lost)
+    new = plan(LOAD, *COUNTS, lost)
     eplb_jax.check_placement(eplb_jax.placement_of(new.numpy(), 32))
     assert (new == old).float().mean() > 0.7
 
@@ -103,18 +105,21 @@ def test_vllm_keeps_the_old_map_where_the_load_says_nothing(caplog):
 
 
 def test_vllm_remembers_between_calls_until_ranks_change(policies, monkeypatch):
-    monkeypatch.setenv("EPLB_TORCH_STRATEGY", "fast")
     monkeypatch.setenv("EPLB_TORCH_MAX_MOVES", "7")
+    monkeypatch.setenv("EPLB_TORCH_STRATEGY", "fast")
+    vllm.install()
+    assert policies["default"].strategy == "fast"
+    monkeypatch.setenv("EPLB_TORCH_STRATEGY", "auto")
     vllm.install()
     policy = policies["default"]
-    assert (policy.strategy, policy.max_moves, policy.remember) == ("fast", 7, True)
+    assert (policy.strategy, policy.max_moves, policy.remember) == ("auto", 7, True)
     old = torch.arange(48).expand(3, 48) % 32
     loads = [LOAD, LOAD.flip(1), LOAD.roll(5, 1)]
     plans = [policy.rebalance_experts(x, *COUNTS, old) for x in loads]
     history = eplb_jax.init_history(3, 32)
     for load, plan in zip(loads, plans, strict=True):
         history = eplb_jax.update_history(history, load.numpy())
-        options = {"previous": old, "max_moves": 7, "strategy": "fast"}
+        options = {"previous": old, "max_moves": 7}
         assert torch.equal(plan, eplb_torch.rebalance_experts(history, *COUNTS, **options)[0])
     fewer = policy.rebalance_experts(LOAD, 36, 4, 1, 6, old)
     vllm.install()
@@ -133,7 +138,7 @@ def test_vllm_moves_no_more_than_it_is_told(policies):
     old = torch.arange(48).expand(3, 48) % 32
     topology = eplb_jax.Topology.of_replicas(48, 8, 2, 4)
     for most in (0, 5):
-        vllm.install(QUICK, max_moves=most)
+        vllm.install(max_moves=most)
         plan = policies["default"].rebalance_experts(LOAD, *COUNTS, old)
         received = eplb_jax.moves(old.numpy(), plan.numpy(), topology).received
         assert most - 1 <= received.sum(axis=1).max() <= most
