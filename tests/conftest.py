@@ -10,6 +10,7 @@ os.environ["XLA_FLAGS"] = (
     # Most of the time of these tests is compilation; test_default_flags.py compiles as users do.
     + " --xla_backend_optimization_level=0"
     + " --xla_cpu_use_fusion_emitters=false"
+    + " --xla_cpu_parallel_codegen_split_count=1"
 )
 # A worker reads what another one compiled, and a second local run what the first one did.
 os.environ.setdefault(

@@ -34,7 +34,8 @@ def test_steady_traffic_wants_one_plan():
 
 
 def test_equal_loads_want_no_balancer():
-    advice = eplb_jax.advise(traffic(np.full(8, 100)), Topology(2, slots=4), cost=Cost(1, 300))
+    cost = Cost(1, 300, tokens_per_step=64)
+    advice = eplb_jax.advise(traffic(np.full(8, 100)), Topology(2, slots=4), cost=cost)
     assert not advice.rebalance
     assert [x.question for x in advice.answers][:2] == ["slots of a GPU", "past windows"]
 

@@ -89,13 +89,16 @@ def test_saved_states_and_another_topology(tmp_path):
     eplb_jax.save_history(tmp_path / "history.npz", state.history)
     with pytest.raises(ValueError, match="no whole state of a balancer"):
         eplb_jax.load_balancer(tmp_path / "history.npz")
+    before = np.asarray(state.plan.phy2log).reshape(4, 8, 6)
+    left, kept = (0, 1, 2, 4, 5, 6, 7), {"plan": loaded.plan, "history": loaded.history}
     smaller = balancer(Topology(7, slots=6), elastic=True, **OPTIONS)
-    left = (0, 1, 2, 4, 5, 6, 7)
-    moved = smaller.init(4, 32, plan=loaded.plan, previous_gpus=left, history=loaded.history)
-    proposal = smaller.propose(moved)
+    moved = smaller.init(4, 32, previous_gpus=left, **kept).plan.phy2log
+    np.testing.assert_array_equal(np.asarray(moved).reshape(4, 7, 6), before[:, list(left)])
+    exchanged = balancer(TOPOLOGY, elastic=True, **OPTIONS)  # a GPU leaves, a new one comes
+    proposal = exchanged.propose(exchanged.init(4, 32, previous_gpus=(*left, -1), **kept))
     check_placement(proposal.plan)
-    before = np.asarray(state.plan.phy2log).reshape(4, 8, 6)[:, list(left)]
-    assert np.mean(np.asarray(proposal.plan.phy2log).reshape(4, 7, 6) == before) > 0.6
+    after = np.asarray(proposal.plan.phy2log).reshape(4, 8, 6)
+    assert np.mean(after[:, :7] == before[:, list(left)]) > 0.6
     with pytest.raises(ValueError, match="plan lacks an expert in a layer; nearest: elastic=True"):
         balancer(Topology(7, slots=6)).init(4, 32, plan=loaded.plan, previous_gpus=left)
     with pytest.raises(ValueError, match="active needs a balancer with elastic=True"):

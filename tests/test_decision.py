@@ -17,7 +17,7 @@ def plans(windows=6, layers=3, noise=0.05, shift=1.0, seed=0):
     now = before * rng.lognormal(sigma=shift, size=before.shape)
     trace = now * rng.lognormal(sigma=noise, size=(2 * windows, layers, 16))
     old = plan(before, TOPOLOGY, strategy=QUICK)
-    new = plan(trace[:windows], TOPOLOGY, strategy=QUICK, previous=old)
+    new = plan(trace[:windows], TOPOLOGY, strategy=QUICK)
     return trace[windows:], old, new
 
 

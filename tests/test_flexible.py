@@ -133,14 +133,17 @@ def test_the_plan_of_a_layer_does_not_depend_on_the_others():
     topology = Topology(4, slots=5)
     load = np.sqrt(lognormal(18, 16, seed=3)).reshape(6, 3, 16)
     options = {"split": "flexible", "weights": "equal"}
-    together = eplb_jax.plan(load, topology, **options).phy2log
-    alone = eplb_jax.plan(load[:, 1:2], topology, **options).phy2log
-    np.testing.assert_array_equal(alone[0], together[1])
+    together = np.asarray(eplb_jax.plan(load, topology, **options).phy2log)
+    others = np.stack([load[:, 2] ** 2, load[:, 1], np.ones((6, 16))], axis=1)
+    beside = np.asarray(eplb_jax.plan(others, topology, **options).phy2log)
+    np.testing.assert_array_equal(beside[1], together[1])
+    moved = eplb_jax.plan(load[:, [1, 2, 0]], topology, **options).phy2log
+    np.testing.assert_array_equal(moved, together[[1, 2, 0]])
 
 
 def test_the_plan_in_place_is_the_start(history, flexible):
     again = eplb_jax.plan(TRACE[8:16], TOPOLOGY, split="flexible", previous=flexible)
-    idle = TRACE[16:20].copy()
+    idle = TRACE[16:24].copy()
     idle[:, 3] = 0
     worse = []
     for most in (0, 1, 3, None):

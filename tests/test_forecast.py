@@ -15,7 +15,7 @@ TOPOLOGY = Topology(4, slots=4)
 
 def weights_of(trace):
     """The weights of groups, recent windows and prediction; the mean over layers, at most 1."""
-    _, weight, _ = weigh(history_of(jnp.asarray(trace, jnp.float32)))
+    _, weight, _ = jax.jit(lambda x: weigh(history_of(x)))(jnp.asarray(trace, jnp.float32))
     weight = np.asarray(weight / jnp.max(weight, axis=0, keepdims=True)).mean(axis=1)
     return np.split(weight, [len(weight) - 1 - min(len(trace), 8), len(weight) - 1])
 

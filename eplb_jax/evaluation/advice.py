@@ -104,9 +104,9 @@ def advise(
 
     Example:
         >>> rng = np.random.default_rng(0)
-        >>> trace = rng.poisson([[900, 100, 100, 100, 100, 100]], (12, 1, 6))
-        >>> advice = advise(trace, Topology(2, slots=4), slots=[4])
-        >>> advice.rebalance, advice.time < 0.8
+        >>> trace = rng.poisson([900, 500, *[100] * 6], (12, 2, 8))  # of 2 layers, 8 experts
+        >>> advice = advise(trace, Topology(2, slots=5), slots=[5])
+        >>> advice.rebalance, advice.time < 0.7
         (True, True)
 
     References:
