@@ -29,7 +29,7 @@ _LEVELS = 128
 """Number of levels v between T / 2 and T."""
 
 _ALL = 64
-"""Below this many experts a step considers all of them."""
+"""Below this many experts a step considers all of them, and greedy counts are packed as well."""
 
 _DEPTHS = (1, 2, 3)
 """How many counts a move increases, and how many it decreases."""
@@ -84,7 +84,9 @@ class CountSearch:
         if capacity == 2:
             fixed = 0 if empty is None else 1
             search = partial(_for_pairs, num_gpus=num_gpus, search=self, fixed=fixed)
-            counts = [jax.vmap(search)(load, counts[0])]
+            found = jax.vmap(search)(load, counts[0])
+            # Few experts have no others to exchange duplicates with: greedy counts may pack better.
+            counts = [*counts, found] if load.shape[1] < _ALL else [found]
         return jnp.stack(counts, axis=1)
 
 
