@@ -58,7 +58,7 @@ def optima(load, num_replicas):
     return best
 
 
-@pytest.mark.parametrize(("e", "r"), [(6, 8)])
+@pytest.mark.parametrize(("e", "r"), [(6, 10)])
 def test_most_of_the_way_to_the_optimum(e, r):
     rng = np.random.default_rng(e + r)
     load = np.concatenate([rng.lognormal(size=(30, e)), rng.uniform(size=(30, e))])
