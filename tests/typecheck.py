@@ -25,7 +25,7 @@ def _public() -> set[tuple[str, str]]:
 
 
 # Called with arguments of public functions before these are checked.
-_CHECKING = ("_plan_replicas", "_is_hierarchical", "resolve_policy")
+_CHECKING = ("plan_checked", "_is_hierarchical", "resolve_policy")
 PUBLIC = _public() | {("eplb_jax.planning.plan", name) for name in _CHECKING}
 PUBLIC |= {("eplb_jax.types", "check_topology"), ("eplb_jax.planning.placement", "as_placement")}
 PUBLIC |= {("eplb_jax.evaluation.traces", name) for name in ("_number", "_change")}
