@@ -99,12 +99,18 @@ def least_row(
     return lax.fori_loop(count % unroll, count, compare, least, unroll=unroll)
 
 
+_FEW = 64
+"""Up to this many values XLA:CPU is faster if it sums over the last axis, beyond over the first."""
+
+
 def ranks(value: Int32[Array, " m"]) -> Int32[Array, " m"]:
     """The rank of every value, largest first, the lower index first among equals."""
     index = jnp.arange(value.shape[0], dtype=jnp.int32)
-    own, other = value[:, None], value[None]
-    before = (other > own) | ((other == own) & (index[None] < index[:, None]))
-    return jnp.sum(before, axis=1, dtype=jnp.int32)
+    first, last = (None, slice(None)), (slice(None), None)
+    mine, others = (first, last) if value.shape[0] > _FEW else (last, first)
+    before = value[others] > value[mine]
+    before |= (value[others] == value[mine]) & (index[others] < index[mine])
+    return jnp.sum(before, axis=others.index(slice(None)), dtype=jnp.int32)
 
 
 def descending(value: Int32[Array, " m"]) -> Int32[Array, " m"]:
@@ -115,9 +121,8 @@ def descending(value: Int32[Array, " m"]) -> Int32[Array, " m"]:
 def positions_of(wanted: Int32[Array, " k"], among: Int32[Array, " m"]) -> Int32[Array, " k"]:
     """The position of every wanted number among distinct ones."""
     index = jnp.arange(among.shape[0], dtype=jnp.int32)
-    return jnp.sum(
-        jnp.where(wanted[:, None] == among[None], index[None], 0), axis=1, dtype=jnp.int32
-    )
+    found = jnp.where(wanted[None] == among[:, None], index[:, None], 0)
+    return jnp.sum(found, axis=0, dtype=jnp.int32)
 
 
 def sanitise(load: Float[Array, "... E"]) -> Float[Array, "... E"]:

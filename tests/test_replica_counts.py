@@ -70,6 +70,12 @@ def test_most_of_the_way_to_the_optimum(e, r):
     assert np.mean(before > optimum * 1.001) > 0.1  # there was something to gain
 
 
+def test_where_only_greedy_counts_pack_without_duplicates():
+    """Other counts have the better fold, but with these few experts none without duplicates."""
+    load = np.array([[18, 8, 19, 8, 19, 1], [11, 2, 8, 2, 13, 13], [19, 19, 6, 9, 4, 16]])
+    np.testing.assert_array_equal(max_load(load, 8, "auto"), [19, 13, 20])
+
+
 @pytest.mark.quality
 def test_counts_of_many_experts_fold_better():
     load = lognormal(6, 256, sigma=0.5)

@@ -105,6 +105,19 @@ def test_a_plan_is_the_plan_of_eplb_jax(policy):
     assert_equal(eplb.rebalance_experts(LOAD, *COUNTS, **options, seed=0), default)
 
 
+@pytest.mark.parametrize(
+    "way", [{"split": "flexible"}, {"cost": eplb_jax.Cost(0, 1, tokens_per_step=64)}]
+)
+def test_plans_for_a_split_and_for_a_cost(way):
+    load = torch.arange(1.0, 9).repeat(2, 1)
+    phy2log, log2phy, logcnt = eplb.rebalance_experts(load, 12, 1, 1, 4, strategy="greedy", **way)
+    plan = eplb_jax.rebalance_experts(load.numpy(), 12, 1, 1, 4, strategy="greedy", **way)
+    np.testing.assert_array_equal(phy2log, plan.phy2log)
+    np.testing.assert_array_equal(log2phy, plan.log2phy[:, :, : log2phy.shape[2]])
+    assert (phy2log < 0).any() == ("cost" in way)
+    assert logcnt.sum() == (phy2log >= 0).sum()
+
+
 def test_auto_is_better_than_greedy():
     counts = torch.from_numpy(measured().astype(np.float32)[::6])
     most = []

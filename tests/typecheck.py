@@ -25,8 +25,8 @@ def _public() -> set[tuple[str, str]]:
 
 
 # Called with arguments of public functions before these are checked.
-_CHECKING = ("_plan_replicas", "_is_hierarchical", "resolve_policy")
-PUBLIC = _public() | {("eplb_jax.planning.plan", name) for name in _CHECKING}
+_CHECKING = ("plan_options.plan_checked", "policy.is_hierarchical", "policy.resolve_policy")
+PUBLIC = _public() | {("eplb_jax.planning." + x.split(".")[0], x.split(".")[1]) for x in _CHECKING}
 PUBLIC |= {("eplb_jax.types", "check_topology"), ("eplb_jax.planning.placement", "as_placement")}
 PUBLIC |= {("eplb_jax.evaluation.traces", name) for name in ("_number", "_change")}
 _MODULES = {module + "." + name for module, name in PUBLIC}  # metrics, loads, traces

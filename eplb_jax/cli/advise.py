@@ -52,7 +52,7 @@ def advise(
     ] = None,
     seconds_per_token: SecondsPerToken = None,
     seconds_per_active_expert: SecondsPerActiveExpert = None,
-    tile: Tile = 1,
+    tile: Tile = None,
     tokens_per_step: TokensPerStep = None,
     format: LoadFormat = None,
     json_file: Json = None,
@@ -69,7 +69,7 @@ def advise(
         in_place = inputs.read_plan(previous, num_gpus, num_nodes, num_groups)
         both = inputs.same_layers(recording, in_place, previous)
         measured = inputs.read_seconds(seconds)
-        units = {"tile": tile, "tokens_per_step": tokens_per_step}
+        units = {"tile": 1 if tile is None else tile, "tokens_per_step": tokens_per_step}
         topology = inputs.topology_of(in_place)
         fit = fit_cost(both.load, both.phy2log, topology, measured, **units)
         if not fit.follows:

@@ -43,7 +43,9 @@ SecondsPerToken = Annotated[
 SecondsPerActiveExpert = Annotated[
     float | None, Option(help="Time of a replica with any token in a step, in seconds.")
 ]
-Tile = Annotated[int, Option(help="Tokens are rounded up to a multiple of it.")]
+Tile = Annotated[
+    int | None, Option(help="Tokens are rounded up to a multiple of it.", show_default="1")
+]
 TokensPerStep = Annotated[
     float | None,
     Option(help="Tokens of a layer in a step, over all experts; default: a window is a step."),
@@ -72,7 +74,7 @@ def numbers_in(name: str, text: str) -> list[int]:
 def as_cost(
     seconds_per_token: float | None,
     seconds_per_active_expert: float | None,
-    tile: int,
+    tile: int | None,
     tokens_per_step: float | None,
 ) -> Cost | None:
     """What the options of a cost say; None if none is given.
@@ -81,13 +83,14 @@ def as_cost(
         ValueError: There is a tile or a number of tokens, but no time.
     """
     if seconds_per_token is None and seconds_per_active_expert is None:
-        if tile != 1 or tokens_per_step is not None:
+        if tile is not None or tokens_per_step is not None:
             raise ValueError(
                 "--tile and --tokens-per-step need --seconds-per-token or "
                 "--seconds-per-active-expert"
             )
         return None
-    return Cost(seconds_per_token or 0, seconds_per_active_expert or 0, tile, tokens_per_step)
+    times = seconds_per_token or 0, seconds_per_active_expert or 0
+    return Cost(*times, 1 if tile is None else tile, tokens_per_step)
 
 
 def check_seed(seed: int) -> None:

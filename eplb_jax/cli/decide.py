@@ -47,7 +47,7 @@ def decide(
             "place of the times of tokens and experts.",
         ),
     ] = None,
-    tile: Tile = 1,
+    tile: Tile = None,
     tokens_per_step: TokensPerStep = None,
     serves: Annotated[float, Option(help="Windows that the new plan will stay in place.")] = 1,
     num_gpus: MaybeGpus = None,
@@ -69,11 +69,11 @@ def decide(
     recording = inputs.read_loads(load, format)
     both = inputs.same_layers(recording, after, new)
     old_map = inputs.same_layers(recording, before, old).phy2log
-    units = {"tile": tile, "tokens_per_step": tokens_per_step}
     if seconds is not None:
+        units = {"tile": 1 if tile is None else tile, "tokens_per_step": tokens_per_step}
         cost = fit_cost(both.load, old_map, topology, inputs.read_seconds(seconds), **units)
     else:
-        cost = as_cost(seconds_per_token, seconds_per_active_expert, **units)
+        cost = as_cost(seconds_per_token, seconds_per_active_expert, tile, tokens_per_step)
     answer = decide_on(
         both.load,
         old_map,

@@ -81,7 +81,7 @@ def plan(
     split: Split = None,
     seconds_per_token: SecondsPerToken = None,
     seconds_per_active_expert: SecondsPerActiveExpert = None,
-    tile: Tile = 1,
+    tile: Tile = None,
     tokens_per_step: TokensPerStep = None,
     format: LoadFormat = None,
     output: Annotated[

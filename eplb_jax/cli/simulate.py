@@ -79,7 +79,7 @@ def simulate(
     split: Split = None,
     seconds_per_token: SecondsPerToken = None,
     seconds_per_active_expert: SecondsPerActiveExpert = None,
-    tile: Tile = 1,
+    tile: Tile = None,
     tokens_per_step: TokensPerStep = None,
     spares: Annotated[
         str | None,

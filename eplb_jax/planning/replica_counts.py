@@ -29,7 +29,10 @@ _LEVELS = 128
 """Number of levels v between T / 2 and T."""
 
 _ALL = 64
-"""Below this many experts a step considers all of them."""
+"""Below this many experts a step considers all of them, and greedy counts are packed as well."""
+
+_LEVELS_AT_ONCE = 8
+"""Number of levels that one kernel adds up."""
 
 _DEPTHS = (1, 2, 3)
 """How many counts a move increases, and how many it decreases."""
@@ -84,7 +87,9 @@ class CountSearch:
         if capacity == 2:
             fixed = 0 if empty is None else 1
             search = partial(_for_pairs, num_gpus=num_gpus, search=self, fixed=fixed)
-            counts = [jax.vmap(search)(load, counts[0])]
+            found = jax.vmap(search)(load, counts[0])
+            # Few experts have no others to exchange duplicates with: greedy counts may pack better.
+            counts = [*counts, found] if load.shape[1] < _ALL else [found]
         return jnp.stack(counts, axis=1)
 
 
@@ -163,19 +168,33 @@ def _walk(
         return jnp.clip(share, 0, 2 * _LEVELS + 1).astype(jnp.int32) - _LEVELS
 
     def excess(position: Array, counts: Array) -> Array:
-        reached = level[None] < jnp.abs(position)[:, None]
-        return jnp.where(reached, jnp.where(position > 0, counts, -counts)[:, None], 0)
+        reached = level < jnp.abs(position)
+        return jnp.where(reached, jnp.where(position > 0, counts, -counts), 0)
 
-    def total(excess: Array) -> Array:
-        return jnp.sum(jnp.maximum(excess, 0), axis=-1, dtype=jnp.int32)
+    def total_after(excess: Array, here: Array, new: Array, there: Array, old: Array) -> Array:
+        """The sum of positive excesses if one expert goes from old to new, for each of a part.
+
+        Some levels are added in one kernel, in registers; a reduction would store them all.
+        """
+        more, less = (jnp.where(x > 0, n, -n) for x, n in ((here, new), (there, old)))
+        far, near = jnp.abs(here), jnp.abs(there)
+        rows = excess.reshape(-1, _LEVELS_AT_ONCE)
+
+        def add(i: Array, total: Array) -> Array:
+            for k in range(_LEVELS_AT_ONCE):
+                at = i * _LEVELS_AT_ONCE + k
+                change = jnp.where(at < far, more, 0) - jnp.where(at < near, less, 0)
+                total += jnp.maximum(rows[i, k] + change, 0)
+            return total
+
+        return lax.fori_loop(0, len(rows), add, jnp.zeros_like(here))
 
     def step(i: Array | int, walk: _Walk) -> _Walk:
         part = parts[jnp.asarray(i, jnp.int32) % len(parts)]
         load_of, old = scaled[part], walk.counts[part]
         new = old + change[i]
         here, there = position(load_of, new), position(load_of, old)
-        delta = excess(here, new) - excess(there, old)
-        cost = total(walk.excess[None] + delta)
+        cost = total_after(walk.excess, here, new, there, old)
         cost += jnp.where(here > _LEVELS, _TOO_LARGE, 0)
         invalid = walk.touched[part] | (new < 1) | (new > most)
         if fixed:
@@ -187,18 +206,23 @@ def _walk(
         possible = least < _NEVER
         chosen = possible & (jnp.arange(load.shape[0], dtype=jnp.int32) == part[one])
         counts = jnp.where(chosen, walk.counts + change[i], walk.counts)
+        change_of_one = excess(here[one], new[one]) - excess(there[one], old[one])
         done = last[i]
         better = done & (least < walk.cost) & (jnp.sum(counts) == jnp.sum(walk.best))
         return _Walk(
             counts,
-            walk.excess + jnp.where(possible, delta[one], 0),
+            walk.excess + jnp.where(possible, change_of_one, 0),
             (walk.touched | chosen) & ~done,
             jnp.where(better, counts, walk.best),
             jnp.where(better, least, walk.cost),
         )
 
-    at_first = jnp.sum(excess(position(scaled, counts), counts), axis=0, dtype=jnp.int32)
-    start = _Walk(counts, at_first, jnp.zeros(counts.shape, bool), counts, total(at_first))
+    here = position(scaled, counts)
+    signed = jnp.where(here > 0, counts, -counts)
+    ends = jnp.zeros(_LEVELS + 2, jnp.int32).at[jnp.abs(here)].add(signed)
+    at_first = jnp.cumsum(ends[::-1], dtype=jnp.int32)[::-1][1 : _LEVELS + 1]
+    cost = jnp.sum(jnp.maximum(at_first, 0), dtype=jnp.int32)
+    start = _Walk(counts, at_first, jnp.zeros(counts.shape, bool), counts, cost)
     return lax.fori_loop(0, len(change), step, start).best
 
 

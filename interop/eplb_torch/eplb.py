@@ -11,14 +11,14 @@ off GPUs.
 
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
 import torch
 
 import eplb_jax
-from eplb_jax import TOLERANCE, History, Policy, Strategy
+from eplb_jax import TOLERANCE, Cost, History, Policy, Strategy
 from eplb_torch.backend import compute_device, untraced
 from eplb_torch.conversion import as_map, as_previous, as_weight
 
@@ -150,6 +150,8 @@ def rebalance_experts(
     tolerance: float | None = TOLERANCE,
     max_moves: int | None = None,
     move_penalty: float | None = None,
+    split: Literal["flexible"] | None = None,
+    cost: Cost | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Choose the expert of every physical slot, from measured loads.
 
@@ -179,6 +181,9 @@ def rebalance_experts(
             a new plan, renumbered.
         max_moves: Per layer, the maximum number of slots that receive an expert from another GPU.
         move_penalty: Imbalance that a move must gain.
+        split: "flexible": a plan for `eplb_torch.split_load`. None: for equal shares.
+        cost: What tokens and active experts cost (`eplb_jax.Cost`): a plan by time, which may leave
+            slots empty, -1. None: by tokens.
 
     Returns:
         The expert in every slot, [L, R]; the slots of every expert, [L, E, X] padded with -1,
@@ -213,6 +218,8 @@ def rebalance_experts(
             tolerance=tolerance,
             max_moves=max_moves,
             move_penalty=move_penalty,
+            split=split,
+            cost=cost,
         )
     width = int(np.asarray(logcnt).max(initial=1))
     return as_map(phy2log, like), as_map(log2phy, like, width), as_map(logcnt, like)
