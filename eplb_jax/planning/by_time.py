@@ -30,7 +30,7 @@ from eplb_jax.types import Replication, Topology
 _FRACTIONS = (0.0, 0.0625, 0.125, 0.25, 0.5, 1.0)
 """Fractions of the spare slots that are tried."""
 
-_EXTRA_WORK = 1.0
+_EXTRA_WORK = 0.25
 """Weight of time that spares add to all GPUs, beside that of the GPU that takes most: the latter is
 flattered by the choice, the former is certain."""
 
