@@ -265,4 +265,6 @@ def _best_exchange(
         left = along(left, jnp.maximum(from_a, 0)[None, None], 1)
         distances = _distance(left - right)
         _, from_b, _ = least_row(distances, jnp.zeros(distances.shape, jnp.int32), limit)
-    return jnp.concatenate([from_a, from_b])
+    # Both packs give a bundle or none does: else items are lost where kernels round floats apart.
+    both = (from_a >= 0) & (from_b >= 0)
+    return jnp.where(jnp.concatenate([both, both]), jnp.concatenate([from_a, from_b]), -1)
