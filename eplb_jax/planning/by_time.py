@@ -57,10 +57,10 @@ def plan_by_time(
     A layer keeps the plan in place where that is nearly as good, and otherwise gets the new one,
     renumbered. No tolerance: never kept.
     """
-    forecast = forecast_of(load, weights, summed=False)
-    windows = forecast.load[:, None] if forecast.windows is None else forecast.windows
+    windows = forecast_of(load, weights, summed=False).fitted
     num_experts = windows.shape[2]
     size, tokens = _tokens(windows, curve)
+    single = unfused(time_of_replica(curve, tokens) * size)  # of experts without replicas
     group_key, gpu_key = jax.random.split(fixed_if_none(key))
     num_nodes = topology.num_nodes if hierarchical else 1
     counts = topology.num_replicas // num_nodes, topology.num_gpus // num_nodes
@@ -68,8 +68,7 @@ def plan_by_time(
     if num_nodes == 1:
         expert = place(tokens, size, *counts)
     else:
-        single = _as_forecast(unfused(time_of_replica(curve, tokens) * size))
-        nodes = experts_of_nodes(single, topology, strategy, group_key)
+        nodes = experts_of_nodes(_as_forecast(single), topology, strategy, group_key)
         tokens_of, size_of = (jnp.repeat(x, num_nodes, axis=0) for x in (tokens, size))
         found = place(take_experts(tokens_of, nodes), size_of, *counts)
         expert = jnp.where(found < 0, -1, along(nodes, jnp.maximum(found, 0), 1))
@@ -84,8 +83,7 @@ def plan_by_time(
             before, after = (
                 _most(curve, tokens, size, x, topology.num_gpus) for x in (old, expert)
             )
-            ideal = ordered_sum(ordered_sum(unfused(time_of_replica(curve, tokens) * size), -1), -1)
-            ideal = ideal / topology.num_gpus
+            ideal = ordered_sum(ordered_sum(single, -1), -1) / topology.num_gpus
             slack = unfused(tolerance * (after - ideal + unfused(ALWAYS * ideal)))
             held_all = jnp.all(count_replicas(old, num_experts) > 0, axis=1)
             keeps = held_all & (before <= after + jnp.maximum(slack, 0))

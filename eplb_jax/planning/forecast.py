@@ -50,6 +50,11 @@ class Forecast(NamedTuple):
     above: Float[Array, "L E"] | None = None
     windows: Float[Array, "L T E"] | None = None
 
+    @property
+    def fitted(self) -> Float[Array, "L T E"]:
+        """The windows to balance; the one load where there are no several."""
+        return self.load[:, None] if self.windows is None else self.windows
+
     def map(self, change: Callable[[Array], Array]) -> "Forecast":
         """The same function of all fields."""
         return jax.tree.map(change, self)

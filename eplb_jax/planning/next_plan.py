@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int32, Key
 from eplb_jax.arrays import unfused
 from eplb_jax.checks import as_limit, as_penalty
 from eplb_jax.packing.duplicates import count_duplicates
-from eplb_jax.planning.forecast import Forecast, forecast_of
+from eplb_jax.planning.forecast import forecast_of
 from eplb_jax.planning.gpus import Gpus
 from eplb_jax.planning.history import History
 from eplb_jax.planning.per_node import fresh_plan
@@ -75,10 +75,6 @@ def _goal(reached: Float[Array, " L"], limits: Limits) -> Goal:
     return Goal(target, jnp.broadcast_to(limits.max_moves, target.shape), limits.move_penalty)
 
 
-def _windows(forecast: Forecast) -> Float[Array, "L T E"]:
-    return forecast.load[:, None] if forecast.windows is None else forecast.windows
-
-
 @by_layers
 @partial(jax.jit, static_argnames=("topology", "hierarchical", "strategy"))
 def next_plan(
@@ -98,7 +94,7 @@ def next_plan(
     the same limits; and where the old one has duplicates that are still there.
     """
     forecast = forecast_of(load, weights, summed=not strategy.distinct)
-    windows, nodes = _windows(forecast), {"topology": topology, "hierarchical": hierarchical}
+    windows, nodes = forecast.fitted, {"topology": topology, "hierarchical": hierarchical}
     search = topology if hierarchical else topology.one_node
     new = fresh_plan(load, weights, key, topology=search, strategy=strategy)
     reached, _ = plan_cost(windows, new.phy2log, old.phy2log, topology=topology)
@@ -149,7 +145,7 @@ def elastic_plan(
     by the same search from nothing, only says what can be reached.
     """
     forecast = forecast_of(load, weights, summed=not strategy.distinct)
-    windows, num_experts = _windows(forecast), forecast.load.shape[1]
+    windows, num_experts = forecast.fitted, forecast.load.shape[1]
     takes = jnp.asarray(np.array(topology.slots_of_gpu) > 0)
     live = takes if gpus.active is None else takes & gpus.active
     speed = gpus.speed
@@ -200,7 +196,7 @@ def flexible_plan(
         start, slack, most = old.phy2log, limits.tolerance * ALWAYS, limits
     node = tuple(topology.node_of_gpu.tolist()) if hierarchical else None
     options = {"num_gpus": topology.num_gpus, "node": node}
-    expert = search(_windows(forecast), start, slack, most.max_moves, **options)
+    expert = search(forecast.fitted, start, slack, most.max_moves, **options)
     if old is None:
         rank = ranks_in(expert)
     else:

@@ -109,8 +109,7 @@ def _place_in_node(
     holds_empty = empty is not None
     replicas = pack_replicas(repeated, replication, num_gpus, strategy, key, empty=holds_empty)
     if choices > 1:
-        windows = load[:, None] if forecast.windows is None else forecast.windows
-        replicas = _best(replicas, windows, counts, num_gpus)
+        replicas = _best(replicas, forecast.fitted, counts, num_gpus)
     idle = jnp.all(load == 0, axis=1, keepdims=True)
     without_load = _replicas_without_load(num_experts, num_replicas, num_gpus)
     if empty is not None:

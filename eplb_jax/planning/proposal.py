@@ -57,21 +57,21 @@ def assess(
     cost: Cost | None = None,
 ) -> Proposal:
     """The proposal of a plan."""
-    forecast = forecast_of(history, summed=False)
-    windows = forecast.load[:, None] if forecast.windows is None else forecast.windows
+    windows = forecast_of(history, summed=False).fitted
     old = in_place.phy2log
     if active is not None:
         old = jnp.where(active[jnp.asarray(topology.gpu_of_slot)][None], old, -1)
         speed = jnp.where(active, 1.0 if speed is None else speed, 0)
     plans = old, new.phy2log
-    imbalance = [plan_cost(windows, x, old, topology=topology, speed=speed)[0] for x in plans]
     steps = moves(old, new, topology, active=active)
-    capacity = topology.num_gpus if speed is None else jnp.sum(speed)
     recent = history.recent
     seen = jnp.sum(jnp.sum(recent, axis=2) > 0, axis=0).astype(jnp.float32)
     tokens = jnp.sum(recent, axis=(0, 2)) / jnp.maximum(seen, 1)
-    before, after = (tokens / capacity * (1 + x) for x in imbalance)
-    if cost is not None:
+    if cost is None:
+        capacity = topology.num_gpus if speed is None else jnp.sum(speed)
+        imbalance = (plan_cost(windows, x, old, topology=topology, speed=speed)[0] for x in plans)
+        before, after = (tokens / capacity * (1 + x) for x in imbalance)
+    else:
         curve = curve_of(cost, cost.tokens_per_step or tokens_of_a_window(history))
         steps_of_window = tokens / curve.tokens_per_step
         before, after = (
